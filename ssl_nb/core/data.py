@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['cut', 'ResidentDL', 'to_unit', 'DataInfo', 'make_dls', 'finish_dls', 'channel_stats', 'array_dls', 'digits_dls']
 
-# %% ../../nbs/core/02_data.ipynb #c937c37d
-import os, random
-from dataclasses import dataclass, field, asdict
+# %% ../../nbs/core/02_data.ipynb #6742d5af
+from dataclasses import dataclass, field
 import numpy as np, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -62,7 +61,7 @@ def to_unit(
 # %% ../../nbs/core/02_data.ipynb #1f9f44f0
 from fastcore.basics import patch
 
-# %% ../../nbs/core/02_data.ipynb #0787fcc4
+# %% ../../nbs/core/02_data.ipynb #18080c24
 @patch
 def order(self:ResidentDL):
     "The indices of this epoch, on the device"
@@ -76,7 +75,7 @@ def __iter__(self:ResidentDL):
     self.epoch += 1
     for i in range(len(self)):
         j = idx[i*self.bs:(i+1)*self.bs]
-        yield self.after_batch((*(to_unit(x[j]) for x in self.xs), self.y[j]))
+        yield self.after_batch((*(to_unit(x.index_select(0, j)) for x in self.xs), self.y.index_select(0, j)))
 
 # %% ../../nbs/core/02_data.ipynb #efe87cd9
 @patch
