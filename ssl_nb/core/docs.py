@@ -6,12 +6,14 @@
 __all__ = ['repo_root', 'project_info', 'ReadablePage', 'tex_to_mathml', 'mathml_page', 'drop_empty_sections', 'build_docs',
            'readme_text', 'make_readme']
 
-# %% ../../nbs/core/11_docs.ipynb #257736f6
-import html, re, shutil, subprocess, sys
+# %% ../../nbs/core/11_docs.ipynb #90bd4077
+import ast, html, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
+from functools import lru_cache
 from pathlib import Path
+from fastcore.basics import listify
 
-# %% ../../nbs/core/11_docs.ipynb #c918d69d
+# %% ../../nbs/core/11_docs.ipynb #b8971978
 def repo_root(
     path='.', # Where to start looking
 )->Path: # Folder that holds `settings.ini` and `nbs`
@@ -19,10 +21,10 @@ def repo_root(
     path = Path(path).resolve()
     for d in [path, *path.parents]:
         if (d/'settings.ini').exists() and (d/'nbs').is_dir(): return d
-    raise FileNotFoundError(f'{path} is not inside a clone of ssl_nb: no settings.ini and nbs/ in it or above. '
-                            'The site is built from the notebooks, which only the repository holds.')
+    raise FileNotFoundError(f'{path} is not inside a clone of ssl_nb: there is no settings.ini and nbs/ in it or '
+                            'above. The site is built from the notebooks, which only the repository holds.')
 
-# %% ../../nbs/core/11_docs.ipynb #9c333010
+# %% ../../nbs/core/11_docs.ipynb #04e29162
 def project_info(
     root, # Root of the repository
 )->dict: # `description`, `branch`, `repo_url`, `colab_url`
@@ -31,8 +33,8 @@ def project_info(
     cfg.read(Path(root)/'settings.ini', encoding='utf-8')
     s = cfg['DEFAULT']
     repo = f"{s['user']}/{s['repo']}"
-    return dict(description=s['description'], branch=s['branch'], repo_url=f'https://github.com/{repo}',
-                colab_url=f"https://colab.research.google.com/github/{repo}/blob/{s['branch']}/nbs/")
+    colab = f"https://colab.research.google.com/github/{repo}/blob/{s['branch']}/nbs/"
+    return dict(description=s['description'], branch=s['branch'], repo_url=f'https://github.com/{repo}', colab_url=colab)
 
 # %% ../../nbs/core/11_docs.ipynb #dbd99637
 def _unread(cell): return cell.cell_type=='code' and bool({'hide', 'default_exp'} & set(getattr(cell, 'directives_', {})))
@@ -48,10 +50,31 @@ def _tidy_outputs(cell):
         md = (o.get('data') or {}).get('text/markdown')
         if md: o['data']['text/markdown'] = ''.join(md).replace('__main__.', '')
 
-# %% ../../nbs/core/11_docs.ipynb #d7d353f3
-def _fix_links(md, pages, repo_url): # `pages`: '/core/method.html' -> '/core/01_method.ipynb'
+# %% ../../nbs/core/11_docs.ipynb #52359e25
+@lru_cache
+def _entries(nb): # Lower-case names that the reference of a notebook will hold
+    from nbdev.showdoc import showdoc_nm
+    defs,names = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),[]
+    for c in json.loads(nb.read_text(encoding='utf-8'))['cells']:
+        src = ''.join(c['source'])
+        if c['cell_type']!='code' or not re.search(r'^#\|\s*exports?\b', src, re.M): continue
+        for o in ast.parse(src).body:
+            if isinstance(o, defs) and not o.name.startswith('_'): names += listify(showdoc_nm(o))
+    return {n.lower() for n in names}
+
+# %% ../../nbs/core/11_docs.ipynb #bda914ff
+def _fix_links(
+    md, # Markdown, as nbdev wrote it
+    pages, # Page -> (notebook, its entries), as in '/core/method.html' -> ('/core/01_method.ipynb', {'check_method'})
+    repo_url, # For links to the source, which nbdev leaves without an address
+):
+    def one(m):
+        if m[1] not in pages: return m[0]
+        nb,entries = pages[m[1]]
+        names = [m[2], m[2].rpartition('.')[0]]
+        return f']({nb}' + next((f'#{n}' for n in names if n in entries), '') + ')'
     md = md.replace('](/blob/', f']({repo_url}/blob/')
-    return re.sub(r'\]\((/[\w./-]+\.html)', lambda m: f']({pages.get(m[1], m[1])}', md)
+    return re.sub(r'\]\((/[\w./-]+\.html)#([^)\s]*)\)', one, md)
 
 # %% ../../nbs/core/11_docs.ipynb #9d9179d1
 def _reference(cells):
@@ -67,7 +90,7 @@ def _reference(cells):
     boxes = [[mk_cell('::: {.api}', 'markdown'), c, mk_cell(':::', 'markdown')] for g in groups for c in g]
     return body, [mk_cell('## Reference', 'markdown'), *sum(boxes, [])]
 
-# %% ../../nbs/core/11_docs.ipynb #43c45b71
+# %% ../../nbs/core/11_docs.ipynb #7d24e628
 class ReadablePage:
     "An nbdev processor: code stays where it is explained, the reference goes to the foot, and Colab is one click away"
     def __init__(self,
@@ -78,22 +101,24 @@ class ReadablePage:
         self.path = Path(nb.path_).resolve()
         root = repo_root(self.path.parent)
         self.nbs,self.info = root/'nbs',project_info(root)
-        rel = [p.relative_to(self.nbs) for p in self.nbs.rglob('*.ipynb')]
-        self.pages = {f'/{nbpath2html(p).as_posix()}': f'/{p.as_posix()}' for p in rel}
+        rel = [p.relative_to(self.nbs) for p in self.nbs.rglob('[!_.]*.ipynb')]
+        self.pages = {f'/{nbpath2html(p).as_posix()}': (f'/{p.as_posix()}', _entries(self.nbs/p)) for p in rel}
 
     def begin(self):
         cells = [c for c in self.nb.cells if not _unread(c)]
         for c in cells:
-            if c.cell_type=='markdown': c.source = _fix_links(c.source, self.pages, self.info['repo_url'])
+            if c.cell_type=='markdown': c.source = self._links(c.source)
             if c.cell_type=='code': self._output(c)
         body,ref = _reference(cells)
         self.nb.cells = body[:1] + self.links() + body[1:] + ref
+
+    def _links(self, md): return _fix_links(md, self.pages, self.info['repo_url'])
 
     def _output(self, c):
         _tidy_outputs(c)
         for o in c.outputs:
             md = (o.get('data') or {}).get('text/markdown')
-            if md: o['data']['text/markdown'] = _fix_links(md, self.pages, self.info['repo_url'])
+            if md: o['data']['text/markdown'] = self._links(md)
 
     def links(self):
         from fastcore.nbio import mk_cell
@@ -114,23 +139,25 @@ def tex_to_mathml(
         why = next(l for l in re.sub('\x1b\\[[0-9;]*m', '', str(e)).splitlines() if l.strip())
         raise ValueError(f'equation not understood: {tex}\n{why}') from None
 
-# %% ../../nbs/core/11_docs.ipynb #d1591aea
+# %% ../../nbs/core/11_docs.ipynb #d1d6e935
 _math = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 
 def mathml_page(
     page:str, # HTML with equations as `<span class="math inline">\(...\)</span>`
 )->str: # HTML with the equations as MathML
     "Translate every equation of a page"
-    def one(m): return f'<span class="math {m[1]}">{tex_to_mathml(html.unescape(m[2]).strip(), m[1]=="display")}</span>'
+    def one(m):
+        return f'<span class="math {m[1]}">{tex_to_mathml(html.unescape(m[2]).strip(), m[1]=="display")}</span>'
     return _math.sub(one, page)
 
-# %% ../../nbs/core/11_docs.ipynb #937f7339
+# %% ../../nbs/core/11_docs.ipynb #3d0d3e8a
 def drop_empty_sections(
     contents:list, # `website.sidebar.contents` of _quarto.yml
     path, # Folder that the globs start from
 )->list: # Those entries that have a page
     "Leave out the sections of a sidebar that match no notebook"
-    return [c for c in contents if not isinstance(c, dict) or 'section' not in c or any(Path(path).glob(c['contents']))]
+    def full(c): return 'section' not in c or any(Path(path).glob(c['contents']))
+    return [c for c in contents if full(c)]
 
 # %% ../../nbs/core/11_docs.ipynb #72e200c6
 def _stage_config(cache, info):
@@ -143,10 +170,11 @@ def _stage_config(cache, info):
     (cache/'_quarto.yml').write_text(yaml.safe_dump(cfg, sort_keys=False), encoding='utf-8')
     return cfg
 
-# %% ../../nbs/core/11_docs.ipynb #e113e4b6
+# %% ../../nbs/core/11_docs.ipynb #e85b53bb
 def _smalldocs(cache):
     try: from smalldocs import config, site
-    except ImportError: sys.exit("Neither Quarto nor smalldocs is installed. With Python 3.11 or later: pip install 'smalldocs>=0.5.4'")
+    except ImportError:
+        sys.exit("Neither Quarto nor smalldocs is installed. With Python 3.11 or later: pip install 'smalldocs>=0.5.4'")
     class Site(site.Site):
         def read(self, src):
             page = super().read(src)
@@ -168,13 +196,12 @@ def _render(cache): # Warnings of the renderer, one a line
     subprocess.run(['quarto', 'render', str(cache), '--no-execute'], check=True)
     return []
 
-# %% ../../nbs/core/11_docs.ipynb #c47fbc43
+# %% ../../nbs/core/11_docs.ipynb #1439e569
 def build_docs(
     out='_docs', # Folder for the site, relative to the root of the repository; replaced if it is there
     root=None, # Root of the repository; found from the current folder if not given
 )->Path: # The folder
     "Build the documentation site from the notebooks and the results stored in them"
-    import os
     root = repo_root(root or '.')
     out,here = (root/out).resolve(),Path.cwd()
     if out.exists() and any(out.iterdir()) and not (out/'search.json').exists():
