@@ -29,7 +29,7 @@ def mask_to_ids(
     noise = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2.)
     return noise.argsort(1)[:,:k].sort(1).values
 
-# %% ../../nbs/core/04_masks.ipynb #40416d9b
+# %% ../../nbs/core/04_masks.ipynb #5b7a3758
 def gather_tokens(
     x,   # (B,N,D) tokens
     ids, # (B,K) long, positions to take
@@ -41,12 +41,12 @@ def scatter_tokens(
     x,      # (B,K,D) tokens
     ids,    # (B,K) long, where they belong
     n,      # number of positions N
-    fill=0., # what to put at the others: a number, or a tensor that broadcasts to (B,N,D), such as a mask token (D,)
+    fill=0, # what to put at the others: a number, or a tensor that broadcasts to (B,N,D), such as a mask token (D,)
 ):
     "(B,N,D) with `x` at `ids` and `fill` elsewhere"
     B,_,D = x.shape
-    fill = torch.as_tensor(fill, device=x.device).to(x.dtype).expand(B,n,D)
-    return fill.scatter(1, ids[:,:,None].expand(-1,-1,D), x)
+    if not torch.is_tensor(fill): fill = x.new_full((), fill)
+    return fill.to(x.dtype).expand(B,n,D).scatter(1, ids[:,:,None].expand(-1,-1,D), x)
 
 # %% ../../nbs/core/04_masks.ipynb #63dfc023
 def random_keep(

@@ -72,7 +72,7 @@ def central_box(
     bw, bh = min(w, round(h*ratio[1])), min(h, round(w/ratio[0]))
     return (h-bh)//2, (w-bw)//2, bh, bw
 
-# %% ../../nbs/core/03_views.ipynb #e59a3492
+# %% ../../nbs/core/03_views.ipynb #0bd39e66
 def random_crop_box(
     n,               # number of boxes
     h,               # rows of the images
@@ -87,12 +87,10 @@ def random_crop_box(
     bw, bh = (area*aspect).sqrt().round(), (area/aspect).sqrt().round()
     top  = (torch.rand_like(bh)*(h-bh+1)).floor()
     left = (torch.rand_like(bw)*(w-bw+1)).floor()
-    tries = torch.stack([top, left, bh, bw], 1)                                # (n,4,10)
-    centre = torch.tensor(central_box(h,w,ratio), device=device).view(1,4,1)
     fits = (bw>=1) & (bw<=w) & (bh>=1) & (bh<=h)
-    first = torch.where(fits.any(1), fits.float().argmax(1), 10)
-    boxes = torch.cat([tries, centre.expand(n,-1,-1).to(tries.dtype)], 2)              # (n,4,11)
-    return boxes.gather(2, first.view(-1,1,1).expand(-1,4,1)).squeeze(2).long().unbind(1)
+    first, found = fits.float().argmax(1, keepdim=True), fits.any(1)
+    return [torch.where(found, tries.gather(1,first).squeeze(1), centre).long()
+            for tries,centre in zip((top,left,bh,bw), central_box(h,w,ratio))]
 
 # %% ../../nbs/core/03_views.ipynb #e1360936
 def per_sample(
@@ -116,7 +114,7 @@ def luma(
     if x.shape[1]<3: return x.mean(1, keepdim=True)
     return (x[:,0]*.2989).add_(x[:,1], alpha=.587).add_(x[:,2], alpha=.114)[:,None]
 
-# %% ../../nbs/core/03_views.ipynb #749bed04
+# %% ../../nbs/core/03_views.ipynb #1c5d9359
 @on_rgb
 def adjust_brightness(
     x, # (B,C,H,W) images in [0,1]
@@ -133,6 +131,7 @@ def adjust_contrast(
     "(B,C,H,W) away from the mean grey of each image, clipped"
     return torch.lerp(luma(x).mean((2,3), keepdim=True), x, per_sample(f,x)).clamp_(0,1)
 
+# %% ../../nbs/core/03_views.ipynb #0991c463
 @on_rgb
 def adjust_saturation(
     x, # (B,C,H,W) images in [0,1]
@@ -169,7 +168,7 @@ def adjust_hue(
         d.sub_(d.round()).abs_().mul_(6).sub_(1).clamp_(0,1).mul_(C).neg_().add_(M)   # distance, then the curve
     return out
 
-# %% ../../nbs/core/03_views.ipynb #6ad54ffe
+# %% ../../nbs/core/03_views.ipynb #050d8364
 def blur_matrix(
     sigma,       # (B,) standard deviation in pixels, 0 for no blur
     n,           # pixels along this axis
@@ -185,6 +184,7 @@ def blur_matrix(
     m = w(j-i) + w(i+j)*(j>0) + w(2*last-i-j)*(j<last)
     return m.div_(m.sum(-1, keepdim=True))
 
+# %% ../../nbs/core/03_views.ipynb #58dc40b6
 def gaussian_blur(
     x,           # (B,C,H,W) images, any C
     sigma,       # (B,) standard deviation in pixels, 0 for no blur
@@ -222,7 +222,7 @@ class CropFlip(Draw):
         box = random_crop_box(n, h, w, self.scale, self.ratio, x.device)
         return resized_crop(x, *box, self.size, torch.rand(n, device=x.device)<self.flip if self.flip else None)
 
-# %% ../../nbs/core/03_views.ipynb #ea7d5b3d
+# %% ../../nbs/core/03_views.ipynb #1701aef9
 class Jitter(Draw):
     "Brightness, contrast, saturation and hue in random order, each with its own factor for each sample"
     def __init__(self, 
@@ -235,7 +235,7 @@ class Jitter(Draw):
         super().__init__()
         self.brightness,self.contrast,self.saturation,self.hue,self.p = brightness,contrast,saturation,hue,p
     def draw(self, n, device=None):
-        "[(operator, (n,) parameters), ...] in random order"
+        "[(operator, (n,) parameters), ...] in random order; a strength of 0 leaves its operator out"
         on = torch.rand(n, device=device) < self.p
         ops = [(adjust_brightness,self.brightness), (adjust_contrast,self.contrast), (adjust_saturation,self.saturation)]
         ops = [(op, torch.where(on, uniform(max(0,1-s), 1+s, n, device=device), 1)) for op,s in ops if s]
@@ -276,7 +276,7 @@ class Solarize(Draw):
         on = torch.rand(len(x), device=x.device) < self.p
         return solarize(x, torch.where(on, self.thresh, 2.))
 
-# %% ../../nbs/core/03_views.ipynb #2e7c252c
+# %% ../../nbs/core/03_views.ipynb #31bd3b3c
 class ImageViews(nn.Sequential):
     "Random operators in sequence: images (B,C,H,W) in [0,1] to one random view of each"
     @torch.no_grad()
@@ -285,7 +285,7 @@ class ImageViews(nn.Sequential):
     ):
         if x.ndim!=4 or not x.is_floating_point():
             raise TypeError(f'views take float images (B,C,H,W) in [0,1], got {x.dtype} of shape {tuple(x.shape)}')
-        with torch.autocast(x.device.type, enabled=False): return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False): return super().forward(x.as_subclass(torch.Tensor))
 
 # %% ../../nbs/core/03_views.ipynb #051c9c95
 def image_views(
