@@ -47,7 +47,7 @@ class Browser:
         kind,p = m.get('method'), m.get('params', {})
         if kind=='Page.loadEventFired': self.loaded = True
         if kind=='Network.requestWillBeSent': self.requests.append(p['request']['url'])
-        if kind=='Runtime.exceptionThrown': self.errors.append(str(p['exceptionDetails']))
+        if kind=='Runtime.exceptionThrown': self.errors.append(p['exceptionDetails'].get('exception', {}).get('description') or str(p))
         if kind=='Log.entryAdded' and p['entry']['level']=='error': self.errors.append(f"{p['entry']['text']} {p['entry'].get('url', '')}")
         if kind=='Runtime.consoleAPICalled' and p['type']=='error': self.errors.append(str(p['args']))
 

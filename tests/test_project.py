@@ -1,11 +1,13 @@
 "The habits: modules follow the notebooks, notebooks are clean, layers import only downwards, settings.ini is the one source."
 import ast
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from configparser import ConfigParser
 from importlib.metadata import metadata, requires, version
 from pathlib import Path
@@ -54,8 +56,8 @@ def test_modules_follow_the_notebooks(copy):
 
 @each_notebook
 def test_notebook_is_clean(copy, path):
-    cleaned = copy/path.relative_to(ROOT)
-    assert path.read_bytes()==cleaned.read_bytes(), f'{path.name} holds metadata or execution counts: run nbdev-clean'
+    clean = path.read_bytes()==(copy/path.relative_to(ROOT)).read_bytes()
+    assert clean, f'{path.name} is not as nbdev-clean writes it (metadata, execution counts, order of keys): run nbdev-clean'
 
 
 @each_notebook
@@ -76,6 +78,19 @@ def test_results_are_stored(path):
     for place in (r'/site-packages/', r'/home/\w', r'/Users/\w', r'/root/', r'[A-Z]:\\\\Users', re.escape(str(ROOT))):
         found = re.search('.{0,60}' + place + '.{0,60}', text)
         assert not found, f'{path.name} shows a path of the machine it was run on: {found[0]}'
+
+
+@each_notebook
+def test_imports_stand_alone(path):
+    "Building the site runs every cell that imports; one that also does something else would do it there"
+    for n,c in enumerate(code_cells(path)):
+        src = source(c)
+        if re.search(r'^\s*[%!]|^#\|\s*eval:\s*false', src, re.M): continue
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', SyntaxWarning)
+            body = ast.parse(src).body
+        mixed = any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body) and any(isinstance(o, (ast.Expr, ast.Assign)) for o in body)
+        assert not mixed, f'{path.name}: code cell {n} mixes imports with other code; give the imports a cell of their own\n{src}'
 
 
 # Layers: a module imports only from those before it. Inside core, only from notebooks with a smaller number.
@@ -160,3 +175,22 @@ def test_readme_is_the_index():
     where = next((i for i,(a,b) in enumerate(zip(readme, index)) if a!=b), min(len(readme), len(index)))
     assert readme==index, ('README.md is not what nbs/index.ipynb says, from "%s". To write it: ' % ' '.join(index[max(0,where-3):where+8]) +
                            'python -c "from ssl_nb.core.docs import make_readme; make_readme()"')
+
+
+def test_readme_imports_what_exists():
+    "The Python in README.md is not run, but every name that it imports from the package is there"
+    blocks = re.findall(r'^```python\n(.*?)^```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M|re.S)
+    names = [(n.module, a.name) for b in blocks for n in ast.walk(ast.parse(b)) if isinstance(n, ast.ImportFrom) for a in n.names]
+    assert names, 'README.md shows no import from the package'
+    def exists(mod, name):
+        try: return hasattr(importlib.import_module(mod), name)
+        except ModuleNotFoundError: return False
+    missing = [f'{mod}.{name}' for mod,name in names if not exists(mod, name)]
+    assert not missing, f'README.md imports what does not exist: {missing}'
+
+
+@pytest.mark.parametrize('name', ['README.md', 'CONTRIBUTING.md'])
+def test_files_that_are_named_exist(name):
+    named = re.findall(r'\b((?:nbs|tests|ssl_nb)/[a-z0-9_./-]+\.(?:ipynb|py))\b', (ROOT/name).read_text(encoding='utf-8'))
+    missing = [f for f in named if not (ROOT/f).exists()]
+    assert named and not missing, f'{name} names files that do not exist: {missing}'

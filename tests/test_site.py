@@ -123,7 +123,7 @@ def test_search(base, chromium):
 
 broken_images = '[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80))'
 flat_equations = '[...document.querySelectorAll("math")].filter(m => !m.getBoundingClientRect().height).length'
-raw_tex = '''[...document.querySelectorAll("main p, main li, main td")].map(e => {
+raw_tex = '''[...document.querySelectorAll("main p, main li, main td, main h1, main h2, main .description")].map(e => {
     const c = e.cloneNode(true); c.querySelectorAll("code, pre, annotation").forEach(x => x.remove()); return c.textContent})
     .filter(t => /\\$\\$|\\\\\\(|\\\\\\[|\\\\(frac|sum|log|mathcal|theta)/.test(t))'''
 

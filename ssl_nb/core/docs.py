@@ -50,6 +50,13 @@ def _tidy_outputs(cell):
         md = (o.get('data') or {}).get('text/markdown')
         if md: o['data']['text/markdown'] = ''.join(md).replace('__main__.', '')
 
+# %% ../../nbs/core/11_docs.ipynb #d5212786
+def _fold_imports(cell):
+    try: body = ast.parse(cell.source).body
+    except SyntaxError: return # a shell command, for instance
+    if body and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body):
+        cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
+
 # %% ../../nbs/core/11_docs.ipynb #52359e25
 @lru_cache
 def _entries(nb): # Lower-case names that the reference of a notebook will hold
@@ -90,7 +97,7 @@ def _reference(cells):
     boxes = [[mk_cell('::: {.api}', 'markdown'), c, mk_cell(':::', 'markdown')] for g in groups for c in g]
     return body, [mk_cell('## Reference', 'markdown'), *sum(boxes, [])]
 
-# %% ../../nbs/core/11_docs.ipynb #7d24e628
+# %% ../../nbs/core/11_docs.ipynb #eac2c421
 class ReadablePage:
     "An nbdev processor: code stays where it is explained, the reference goes to the foot, and Colab is one click away"
     def __init__(self,
@@ -108,13 +115,14 @@ class ReadablePage:
         cells = [c for c in self.nb.cells if not _unread(c)]
         for c in cells:
             if c.cell_type=='markdown': c.source = self._links(c.source)
-            if c.cell_type=='code': self._output(c)
+            if c.cell_type=='code': self._code(c)
         body,ref = _reference(cells)
         self.nb.cells = body[:1] + self.links() + body[1:] + ref
 
     def _links(self, md): return _fix_links(md, self.pages, self.info['repo_url'])
 
-    def _output(self, c):
+    def _code(self, c):
+        _fold_imports(c)
         _tidy_outputs(c)
         for o in c.outputs:
             md = (o.get('data') or {}).get('text/markdown')
@@ -170,7 +178,7 @@ def _stage_config(cache, info):
     (cache/'_quarto.yml').write_text(yaml.safe_dump(cfg, sort_keys=False), encoding='utf-8')
     return cfg
 
-# %% ../../nbs/core/11_docs.ipynb #e85b53bb
+# %% ../../nbs/core/11_docs.ipynb #5c3a063e
 def _smalldocs(cache):
     try: from smalldocs import config, site
     except ImportError:
@@ -182,11 +190,13 @@ def _smalldocs(cache):
             return page
         def render_page(self, page):
             super().render_page(page)
-            try: page.html = mathml_page(page.html)
-            except ValueError as e: raise ValueError(f'nbs/{page.src}: {e}') from None
             page.env['math'] = False # no KaTeX
     s = Site(config.load(cache), quiet=True)
     s.build()
+    for page in s.pages.values():
+        f = s.out/page.out
+        try: f.write_text(mathml_page(f.read_text(encoding='utf-8')), encoding='utf-8')
+        except ValueError as e: raise ValueError(f'nbs/{page.src}: {e}') from None
     quarto_only = 'output-file', 'html-math-method', 'execute.enabled'
     return [w for w in s.warnings if not any(k in w for k in quarto_only)]
 
@@ -217,15 +227,17 @@ def build_docs(
     shutil.move(cache/cfg['project']['output-dir'], out)
     return out
 
-# %% ../../nbs/core/11_docs.ipynb #499c2304
+# %% ../../nbs/core/11_docs.ipynb #3b04f54b
 def readme_text(
     root, # Root of the repository
 )->str: # Markdown
     "`nbs/index.ipynb` as Markdown, results included, rendered by nbconvert"
+    import nbformat
     from nbconvert import MarkdownExporter
-    nb = Path(root)/'nbs'/'index.ipynb'
-    text,_ = MarkdownExporter().from_filename(str(nb))
-    text = re.sub(r'^#\| .*\n', '', text, flags=re.M)
+    nb = nbformat.read(Path(root)/'nbs'/'index.ipynb', 4)
+    nb.cells = [c for c in nb.cells if not re.search(r'^#\| *hide', c.source, re.M)]
+    nb.metadata['language_info'] = dict(name='python')
+    text,_ = MarkdownExporter().from_notebook_node(nb)
     text = '\n'.join(l.rstrip() for l in text.splitlines())
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 

@@ -7,11 +7,12 @@ __all__ = ['MODES', 'ENDINGS', 'mode_of', 'to_mode', 'fit', 'read_image', 'load_
            'default_size', 'folder_files', 'Listing', 'folder_listing', 'table_listing', 'three_parts', 'free_memory',
            'fits', 'ImageFiles', 'StreamDL', 'warn_skipped', 'listing', 'class_ids', 'image_dls', 'image_dl']
 
-# %% ../../nbs/core/02_images.ipynb #247d6990
-import csv, os, warnings
+# %% ../../nbs/core/02_images.ipynb #bdef389d
+import csv, multiprocessing, os, sys, warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from fastai.data.core import DataLoaders
@@ -82,36 +83,46 @@ def read_image(
     if mode=='I;16': a = (np.rint(a).clip(0, 65535)-32768).astype(np.int16)
     return a[None] if a.ndim==2 else a.transpose(2,0,1)
 
-# %% ../../nbs/core/02_images.ipynb #8808cced
+# %% ../../nbs/core/02_images.ipynb #8ae9c31d
 def _reason(e):
     if isinstance(e, UnidentifiedImageError): return 'not an image'
     return 'missing' if isinstance(e, FileNotFoundError) else str(e) or type(e).__name__
+
+def _read_chunk(paths, size, mode):
+    "(images, {index: reason}) of a few files"
+    x,failed = np.zeros((len(paths), MODES[mode], size, size), np.int16 if mode=='I;16' else np.uint8),{}
+    for i,p in enumerate(paths):
+        try: x[i] = read_image(p, size, mode)
+        except Exception as e: failed[i] = _reason(e)
+    return x,failed
+
+# %% ../../nbs/core/02_images.ipynb #87badff6
+def _pool(n, workers=None):
+    workers = workers or num_cpus()
+    if n<=2000 or workers==1 or sys.platform!='linux': return ThreadPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('fork'))
 
 def load_images(
     files, # Paths, relative to `root`
     size:int, # Side in pixels
     mode:str='RGB', # One of `MODES`
     root='', # Folder of the files
-    workers:int=None, # Threads (default: one a CPU)
+    workers:int=None, # Threads or processes (default: one a CPU)
     progress:bool=None # Show a bar? (default: for more than 2,000 files)
 ): # (images (N,C,size,size) uint8 or shifted int16, indices of the files that were read, {index: reason} of the others)
-    "Decode files into one tensor with a pool of threads"
-    n,root,failed = len(files),str(root),{}
+    "Decode files into one tensor"
+    n,failed = len(files),{}
     x = torch.empty(n, MODES[mode], size, size, dtype=torch.int16 if mode=='I;16' else torch.uint8)
-    out = x.numpy()
-    def read(idx):
-        for i in idx:
-            try: out[i] = read_image(os.path.join(root, files[i]), size, mode)
-            except Exception as e: failed[i] = _reason(e)
-    _each(read, np.array_split(np.arange(n), n//64+1), workers, n>2000 if progress is None else progress)
-    good = np.array([i for i in range(n) if i not in failed], dtype=int)
-    return (x[good] if failed else x), good, dict(sorted(failed.items()))
-
-def _each(f, chunks, workers, progress):
-    with ThreadPoolExecutor(workers or num_cpus()) as pool, warnings.catch_warnings():
+    chunks = list(chunked([os.path.join(root, f) for f in files], 64))
+    with _pool(n, workers) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore') # Pillow's remarks on odd but readable files
-        done = pool.map(f, chunks)
-        for _ in progress_bar(done, total=len(chunks), leave=False) if progress else done: pass
+        done = pool.map(partial(_read_chunk, size=size, mode=mode), chunks)
+        if n>2000 if progress is None else progress: done = progress_bar(done, total=len(chunks), leave=False)
+        for k,(images,bad) in enumerate(done):
+            x[64*k:64*k+64] = torch.from_numpy(images)
+            failed.update({64*k+i: why for i,why in bad.items()})
+    good = np.array([i for i in range(n) if i not in failed], dtype=int)
+    return (x[good] if failed else x), good, failed
 
 # %% ../../nbs/core/02_images.ipynb #180b468c
 def probe(
@@ -406,7 +417,7 @@ def _bounds(good, counts, root):
     if ends[1]<2: raise ValueError(f'{root} has {ends[1]} readable image(s) to train on; at least 2 are needed, one to learn from and one to watch')
     return np.clip(ends[0], 1, ends[1]-1), ends[1], ends[2]
 
-# %% ../../nbs/core/02_images.ipynb #426bdd1e
+# %% ../../nbs/core/02_images.ipynb #a590d5d4
 def _resident(files, y, parts, size, mode, root, info, bs, device, seed, workers):
     order = np.concatenate(parts)
     files,y = [files[i] for i in order],y[order]
@@ -424,8 +435,9 @@ def _resident(files, y, parts, size, mode, root, info, bs, device, seed, workers
     return loaders
 
 def _stream(files, y, parts, size, mode, root, info, bs, device, seed, workers):
-    x,_,failed = load_images(spaced([files[i] for i in parts[0]], 500), size, mode, root, progress=False)
-    if len(x)==0: _unreadable(root, {files[parts[0][i]]: why for i,why in failed.items()})
+    sample = parts[0][::max(1, len(parts[0])//2000)] # the images that `channel_stats` would take
+    x,_,failed = load_images([files[i] for i in sample], size, mode, root, workers)
+    if len(x)==0: _unreadable(root, {files[sample[i]]: why for i,why in failed.items()})
     info.mean,info.std = channel_stats(x)
     ds = ImageFiles(files, y, size, mode, root)
     return [StreamDL(ds, p, bs=bs, shuffle=i==0, drop_last=i==0, device=device, seed=seed, workers=workers)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resize_matrix', 'separable', 'resized_crop', 'uniform', 'central_box', 'random_crop_box', 'per_sample', 'on_rgb',
-           'luma', 'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'grey', 'adjust_hue', 'blur_matrix',
+           'luma', 'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'grey', 'adjust_hue', 'gaussian_window',
            'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'ImageViews',
            'image_views', 'TokenViews']
 
@@ -168,30 +168,31 @@ def adjust_hue(
         d.sub_(d.round()).abs_().mul_(6).sub_(1).clamp_(0,1).mul_(C).neg_().add_(M)   # distance, then the curve
     return out
 
-# %% ../../nbs/core/03_views.ipynb #050d8364
-def blur_matrix(
+# %% ../../nbs/core/03_views.ipynb #226ef00b
+def gaussian_window(
     sigma,       # (B,) standard deviation in pixels, 0 for no blur
-    n,           # pixels along this axis
-    kernel_size, # width of the window, odd, less than 2n
+    kernel_size, # width K of the window, odd
 ):
-    "(B,n,n) weights of a Gaussian window along one axis, with reflection at both ends"
-    if kernel_size%2==0 or kernel_size//2>=n:
-        raise ValueError(f'kernel_size must be odd and less than {2*n} for {n} pixels, got {kernel_size}')
-    i = torch.arange(n, device=sigma.device)
-    j, i, last = i, i[:,None], n-1
-    s = sigma.float().clamp(min=1e-3).view(-1,1,1)
-    def w(d): return (-.5*(d/s)**2).exp_() * (d.abs()<=kernel_size//2)
-    m = w(j-i) + w(i+j)*(j>0) + w(2*last-i-j)*(j<last)
-    return m.div_(m.sum(-1, keepdim=True))
+    "(B,K) weights that sum to 1"
+    d = torch.arange(kernel_size, device=sigma.device) - kernel_size//2
+    w = (-.5*(d/sigma.float().clamp(min=1e-3)[:,None])**2).exp()
+    return w/w.sum(1, keepdim=True)
 
-# %% ../../nbs/core/03_views.ipynb #58dc40b6
+# %% ../../nbs/core/03_views.ipynb #ec1503c1
 def gaussian_blur(
     x,           # (B,C,H,W) images, any C
     sigma,       # (B,) standard deviation in pixels, 0 for no blur
-    kernel_size, # width of the window in pixels, odd
+    kernel_size, # width of the window in pixels, odd, less than twice the side
 ):
     "(B,C,H,W) blurred, each sample by its own `sigma`"
-    return separable(x, blur_matrix(sigma, x.shape[2], kernel_size), blur_matrix(sigma, x.shape[3], kernel_size))
+    B,C,H,W = x.shape
+    pad = kernel_size//2
+    if kernel_size%2==0 or pad>=min(H,W):
+        raise ValueError(f'kernel_size must be odd and less than {2*min(H,W)} for {H} by {W} pixels, got {kernel_size}')
+    w = gaussian_window(sigma, kernel_size).to(x.dtype).repeat_interleave(C, 0)
+    x = nn.functional.pad(x, (pad,)*4, mode='reflect').flatten(0,1)[None]                    # (1,B*C,H+2pad,W+2pad)
+    for kernel in (w[:,None,None], w[:,None,:,None]): x = nn.functional.conv2d(x, kernel, groups=B*C)
+    return x.unflatten(1, (B,C))[0]
 
 # %% ../../nbs/core/03_views.ipynb #800f3caf
 @on_rgb
