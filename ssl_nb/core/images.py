@@ -96,7 +96,7 @@ def _read_chunk(paths, size, mode):
         except Exception as e: failed[i] = _reason(e)
     return x,failed
 
-# %% ../../nbs/core/02_images.ipynb #87badff6
+# %% ../../nbs/core/02_images.ipynb #691dcec0
 def _pool(n, workers=None):
     workers = workers or num_cpus()
     if n<=2000 or workers==1 or sys.platform!='linux': return ThreadPoolExecutor(workers)
@@ -113,13 +113,13 @@ def load_images(
     "Decode files into one tensor"
     n,failed = len(files),{}
     x = torch.empty(n, MODES[mode], size, size, dtype=torch.int16 if mode=='I;16' else torch.uint8)
-    chunks = list(chunked([os.path.join(root, f) for f in files], 64))
+    out,chunks = x.numpy(),list(chunked([os.path.join(root, f) for f in files], 64))
     with _pool(n, workers) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore') # Pillow's remarks on odd but readable files
         done = pool.map(partial(_read_chunk, size=size, mode=mode), chunks)
         if n>2000 if progress is None else progress: done = progress_bar(done, total=len(chunks), leave=False)
         for k,(images,bad) in enumerate(done):
-            x[64*k:64*k+64] = torch.from_numpy(images)
+            out[64*k:64*k+64] = images
             failed.update({64*k+i: why for i,why in bad.items()})
     good = np.array([i for i in range(n) if i not in failed], dtype=int)
     return (x[good] if failed else x), good, failed

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Pretext', 'MethodMetric', 'seed_everything', 'EpochSeed', 'OnlineKNN', 'diagnose', 'CollapseMonitor', 'Throughput',
-           'NanGuard', 'History', 'save_atomic', 'plain', 'Checkpoint', 'decay_groups', 'precision_cbs', 'ssl_learner']
+           'NanGuard', 'HistoryLog', 'save_atomic', 'plain', 'Checkpoint', 'decay_groups', 'precision_cbs',
+           'ssl_learner']
 
 # %% ../../nbs/core/07_learner.ipynb #37727094
 import math, os, random, time, warnings
@@ -174,8 +175,8 @@ class NanGuard(Callback):
         raise FloatingPointError(f'the loss is {float(self.loss)} in epoch {self.epoch}, batch {self.iter}, at learning rate '
                                  f'{self.opt.hypers[-1]["lr"]:.2g}; try a tenth of it, GradientClip, or a larger batch.{kept}')
 
-# %% ../../nbs/core/07_learner.ipynb #7616365b
-class History(Callback):
+# %% ../../nbs/core/07_learner.ipynb #190a645d
+class HistoryLog(Callback):
     "Every epoch's row of the training table, in `learn.history` and in a CSV file"
     order = 52
     def __init__(self, path=None): self.path = path
@@ -207,7 +208,7 @@ def plain(x):
     if isinstance(x, (list,tuple)): return type(x)(plain(v) for v in x)
     return x.item() if isinstance(x, np.generic) else x
 
-# %% ../../nbs/core/07_learner.ipynb #e8677850
+# %% ../../nbs/core/07_learner.ipynb #aff1f6b5
 class Checkpoint(Callback):
     "Save everything that training depends on, and go on from there"
     order = 70
@@ -218,12 +219,12 @@ class Checkpoint(Callback):
     ): self.path,self.resume,self.seconds = Path(path),resume,seconds
 
     def before_fit(self):
-        self.start,self.last,self.logger = 0,time.monotonic(),self.learn.logger
+        self.start,self.last,self._logger = 0,time.monotonic(),self.learn.logger
         if self.resume and self.path.exists(): self.load()
 
     def before_epoch(self):
         if self.epoch < self.start: raise CancelEpochException
-        self.learn.logger = self.logger
+        self.learn.logger = self._logger
 
     def after_epoch(self):
         if self.epoch < self.start: return
@@ -268,7 +269,7 @@ def precision_cbs(
     fast = device.type=='cuda' and torch.cuda.get_device_capability(device)[0] >= 8
     return [MixedPrecision('bf16')] if fast else []
 
-# %% ../../nbs/core/07_learner.ipynb #8dfa3d55
+# %% ../../nbs/core/07_learner.ipynb #fef024d3
 def ssl_learner(
     dls, # DataLoaders with batches (*x, y)
     method, # A `Method`
@@ -276,6 +277,7 @@ def ssl_learner(
     wd:float=None, # Weight decay; by default the recipe's
     seed:int=0, # Of all randomness in training
     every:int=1, # Epochs between two looks at the features; 0 never looks
+    path=None, # CSV file for the rows of the training table
     cbs=None, # More fastai callbacks
     **kwargs # For `Learner`
 )->Learner:
@@ -287,4 +289,4 @@ def ssl_learner(
     watch = [CollapseMonitor(every=every), OnlineKNN(every=every)] if every else []
     wds = [wd if g[0].ndim>1 else 0. for g in decay_groups(method)]
     return Learner(dls, method, loss_func=glue.loss_func, opt_func=opt, splitter=decay_groups, lr=lr or recipe['lr'], wd=wds,
-                   cbs=[glue, EpochSeed(seed), Throughput(), NanGuard(), History(), *watch, *precision_cbs(device), *(cbs or [])], **kwargs)
+                   cbs=[glue, EpochSeed(seed), Throughput(), NanGuard(), HistoryLog(path), *watch, *precision_cbs(device), *(cbs or [])], **kwargs)

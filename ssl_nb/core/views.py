@@ -246,7 +246,7 @@ class Jitter(Draw):
         for op,f in self.draw(len(x), x.device): x = op(x,f)
         return x
 
-# %% ../../nbs/core/03_views.ipynb #ff3abd9c
+# %% ../../nbs/core/03_views.ipynb #b6383f8d
 class Grey(Draw):
     "Take the colour out of some samples"
     def __init__(self, p=0.2): # probability, for each sample
@@ -268,6 +268,7 @@ class Blur(Draw):
         k = self.kernel_size or max(3, x.shape[-1]//20*2+1)
         return gaussian_blur(x, on*uniform(*self.sigma, len(x), device=x.device), k)
 
+# %% ../../nbs/core/03_views.ipynb #8b068c89
 class Solarize(Draw):
     "Invert the bright pixels of some samples (BYOL, appendix B)"
     def __init__(self, p=0.2, thresh=0.5): # probability for each sample; smallest value that is inverted
