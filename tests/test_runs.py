@@ -12,7 +12,7 @@ from ssl_nb.core.data import digits_dls
 from ssl_nb.core.method import check_method, find_methods, get_method
 from ssl_nb.core.run import build, run_config
 
-command = [sys.executable, '-m', 'ssl_nb.core.cli']
+command = [sys.executable, '-c', 'import sys; from ssl_nb.core.cli import main; sys.exit(main())'] # what the command ssl_nb does
 
 
 @pytest.fixture(scope='module')

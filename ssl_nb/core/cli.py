@@ -77,6 +77,3 @@ def main(
         print('\nstopped; go on with the same command and --resume', file=sys.stderr)
         return 130
     return 0
-
-# %% ../../nbs/core/10_cli.ipynb #dee1cc5b
-if __name__=='__main__' and 'ipykernel' not in sys.modules: sys.exit(main())
