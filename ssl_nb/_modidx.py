@@ -347,6 +347,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ssl_nb.core.text._utf8': ('core/text.html#_utf8', 'ssl_nb/core/text.py'),
                                   'ssl_nb.core.text.bag_of_words': ('core/text.html#bag_of_words', 'ssl_nb/core/text.py'),
                                   'ssl_nb.core.text.decode': ('core/text.html#decode', 'ssl_nb/core/text.py'),
+                                  'ssl_nb.core.text.drop_copies': ('core/text.html#drop_copies', 'ssl_nb/core/text.py'),
                                   'ssl_nb.core.text.encode': ('core/text.html#encode', 'ssl_nb/core/text.py'),
                                   'ssl_nb.core.text.pydoc_dls': ('core/text.html#pydoc_dls', 'ssl_nb/core/text.py'),
                                   'ssl_nb.core.text.read_texts': ('core/text.html#read_texts', 'ssl_nb/core/text.py'),

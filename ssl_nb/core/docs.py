@@ -39,8 +39,9 @@ def project_info(
 # %% ../../nbs/core/11_docs.ipynb #dbd99637
 def _unread(cell): return cell.cell_type=='code' and bool({'hide', 'default_exp'} & set(getattr(cell, 'directives_', {})))
 
-# %% ../../nbs/core/11_docs.ipynb #e5977edb
-def _is_leftover(out): # What a finished progress bar leaves in a notebook
+# %% ../../nbs/core/11_docs.ipynb #0ab6779c
+def _is_leftover(out): # What a finished progress bar leaves in a notebook, and warnings of other libraries
+    if out.get('name')=='stderr': return True
     page = ''.join((out.get('data') or {}).get('text/html', '?'))
     return not page.strip() or '<progress' in page
 

@@ -6,8 +6,8 @@
 __all__ = ['ImageEncoder', 'vit_features', 'small_stem', 'small_cnn', 'small_vit', 'patch_size', 'create_encoder',
            'TextTransformer', 'save_encoder', 'load_encoder']
 
-# %% ../../nbs/core/05_encoders.ipynb #776da5de
-import json
+# %% ../../nbs/core/05_encoders.ipynb #cd5df3ac
+import copy, json
 from pathlib import Path
 import timm, torch
 from torch import nn
@@ -20,7 +20,7 @@ from .data import DataInfo
 from .masks import gather_tokens
 from .method import nearest
 
-# %% ../../nbs/core/05_encoders.ipynb #d085fb0e
+# %% ../../nbs/core/05_encoders.ipynb #9f46a4ab
 class ImageEncoder(nn.Module):
     "A timm model that normalises its own input: images in [0,1] to features"
     def __init__(self,
@@ -29,7 +29,7 @@ class ImageEncoder(nn.Module):
         std # One number a channel
     ):
         super().__init__()
-        self.model = model
+        self.model = model.to(memory_format=torch.channels_last) # the layout that convolutions are fastest in
         self.num_features = getattr(model, 'head_hidden_size', model.num_features)
         self.register_buffer('mean', torch.tensor(mean).view(1,-1,1,1))
         self.register_buffer('std', torch.tensor(std).view(1,-1,1,1))
@@ -89,7 +89,7 @@ def small_vit(pretrained=False, **kwargs):
     kwargs = dict(embed_dim=128, depth=4, num_heads=4, class_token=False, global_pool='avg', fc_norm=False) | kwargs
     return _registered(timm.create_model('vit_tiny_patch16_224', **kwargs), 'small_vit', pretrained)
 
-# %% ../../nbs/core/05_encoders.ipynb #affcceb8
+# %% ../../nbs/core/05_encoders.ipynb #b596f2cc
 def patch_size(
     size:int # Side of the image in pixels
 )->int: # Side of a patch that divides it
@@ -100,7 +100,8 @@ def patch_size(
 
 def _fit_args(name, info):
     "Arguments by which a timm model fits the data"
-    if name in ('small_cnn','small_stem'): return dict(stem_stride=1 if info.size<=48 else 2 if info.size<=96 else 4)
+    if name=='small_cnn': return dict(stem_stride=1 if info.size<=20 else 2 if info.size<=48 else 4)
+    if name=='small_stem': return dict(stem_stride=1 if info.size<=48 else 2)
     if name=='small_vit': return dict(img_size=info.size, patch_size=patch_size(info.size))
     return dict(img_size=info.size) if name.startswith(('vit','deit','eva','swin','beit','cait')) else {}
 
@@ -160,7 +161,7 @@ def _text_encoder(name, info, **kwargs):
     if name not in ('small_text','small_cnn'): raise ValueError(nearest(name, ['small_text'], 'text encoder'))
     return TextTransformer(**dict(vocab_size=info.vocab_size, max_len=info.max_len) | kwargs)
 
-# %% ../../nbs/core/05_encoders.ipynb #7948e67a
+# %% ../../nbs/core/05_encoders.ipynb #9803f522
 def save_encoder(
     encoder, # An encoder of this notebook, or any timm model
     folder # Where `config.json` and `model.safetensors` go
@@ -172,7 +173,7 @@ def save_encoder(
         save_file({k:v.contiguous() for k,v in encoder.state_dict().items()}, folder/'model.safetensors')
         (folder/'config.json').write_text(json.dumps(dict(architecture='text_transformer', model_args=encoder.args), indent=2))
     else:
-        model = getattr(encoder, 'model', encoder)
+        model = copy.deepcopy(getattr(encoder, 'model', encoder)).to(memory_format=torch.contiguous_format)
         norm = dict(mean=encoder.mean.flatten().tolist(), std=encoder.std.flatten().tolist()) if hasattr(encoder, 'mean') else {}
         model.pretrained_cfg = {**model.pretrained_cfg, **norm, 'num_classes': 0}
         save_for_hf(model, str(folder), safe_serialization=True, model_args=model._model_args)
