@@ -12,7 +12,7 @@ from torch import nn
 from ..core.method import Method
 from ..core.views import image_views
 
-# %% ../../nbs/pretext/01_rotation.ipynb #4692181b
+# %% ../../nbs/pretext/01_rotation.ipynb #15344475
 def rotations(
     x # (B,C,H,W) square images; `ValueError` if H and W differ
 ): # (4B,C,H,W): the whole batch at 0°, then at 90°, 180° and 270°, counter-clockwise
@@ -20,7 +20,7 @@ def rotations(
     if x.ndim!=4 or x.shape[2]!=x.shape[3]: raise ValueError(
         f'rotations need square images (B,C,H,W), got {tuple(x.shape)}: a quarter turn would swap height and width. '
         'Crop or resize them to a square first, for instance with views=image_views(side)')
-    return torch.cat([x, x.mT.flip(2), x.flip(2,3), x.flip(2).mT])
+    return torch.cat([x, x.mT.flip(2), x.flip(2,3), x.flip(2).mT]) # mT swaps H and W
 
 # %% ../../nbs/pretext/01_rotation.ipynb #e7ad585f
 def rotation_loss(
