@@ -137,8 +137,8 @@ def label_free(
     h1,h2 = [raw(v) if encoder is None else encoder(v).float() for v in (views(x), views(x))]
     return dict(rankme=rankme(h[:5000]).item(), alignment=alignment(h1, h2).item(), uniformity=uniformity(h[:2000]).item(), std=feature_std(h).item())
 
-# %% ../../nbs/core/08_evaluate.ipynb #f985932d
-@dataclass
+# %% ../../nbs/core/08_evaluate.ipynb #4dfa5e5c
+@dataclass(repr=False)
 class Report:
     "What an encoder is worth: a table, and the protocol in words"
     table:pd.DataFrame # one row an encoder, one column a measure
@@ -151,10 +151,10 @@ class Report:
                 v,s = self.table.loc[r,c],self.spread.loc[r,c]
                 t.loc[r,c] = f'{v:.2f}' if c in ('alignment','uniformity','std') else f'{v:.1f}' if pd.isna(s) else f'{v:.1f} ± {s:.1f}'
         return t
-    def __str__(self): return f'{self.text().to_string()}\n\n{self.protocol}'
+    def __repr__(self): return f'{self.text().to_string()}\n\n{self.protocol}'
     def _repr_html_(self): return self.text().to_html() + f'<p>{self.protocol}</p>'
 
-# %% ../../nbs/core/08_evaluate.ipynb #adeef9e3
+# %% ../../nbs/core/08_evaluate.ipynb #331430f0
 @patch
 def to_dict(self:Report):
     "Plain numbers, for JSON"
@@ -165,12 +165,22 @@ def _protocol(dls, labels, draws, k, temp, C, supervised, n_test, part, seed):
     n = ', '.join('all' if l is None else str(l) for l in labels)
     words = f'Features of the encoder as it is (final epoch, evaluation mode), on the {part} split of {dls.info.name} ({n_test} samples, used for nothing else). '
     if part=='valid': words = words.replace('used for nothing else', 'there is no test split; these were watched during training')
-    if dls.info.classes: words += (f'Labels: {n} a class, from the train split ({dls.train.n} samples); mean ± standard deviation over {draws} random draws (seeds {seed} to {seed+draws-1}). '
+    if not labels: words += 'No accuracies: this split has no labels. '
+    else: words += (f'Labels: {n} a class, from the train split ({dls.train.n} samples); mean ± standard deviation over {draws} random draws (seeds {seed} to {seed+draws-1}). '
         f'k-NN: k = {k} or all labelled samples if fewer, cosine, weights exp(cos/{temp}). Probe: logistic regression, C = {C:g}, on standardised features. ')
     if supervised: words += f'Supervised: the same architecture from random weights, cross-entropy on all train labels, {supervised} epochs, with random views. '
     return words+'RankMe (higher: more directions in use), alignment (lower: views closer), uniformity (lower: more evenly spread), std (0 is collapse, 1 is spread evenly).'
 
-# %% ../../nbs/core/08_evaluate.ipynb #5b451c7e
+# %% ../../nbs/core/08_evaluate.ipynb #f244e235
+def _row(encoder, train, test, info, labels, x, views, seed, protocol):
+    "Values and spreads of one encoder (None is the raw input)"
+    raw = lambda v: bag_of_words(v, info.vocab_size) if info.modality=='text' else v.flatten(1)
+    (h,y),(th,ty) = [raw_features(dl, info) if encoder is None else encode(encoder, dl) for dl in (train, test)]
+    acc = few_label_accuracy(h, y, th, ty, labels, seed=seed, **protocol) if labels else {}
+    cols = {f'{m} {n or "all"}': (mean, np.nan if n is None else std) for (m,n),(mean,std) in sorted(acc.items(), key=lambda o: o[0][0])}
+    return {c: v[0] for c,v in cols.items()} | label_free(encoder, th, x, views, raw, seed),{c: v[1] for c,v in cols.items()}
+
+# %% ../../nbs/core/08_evaluate.ipynb #12fbf223
 def report(
     encoder, # The encoder, never a method
     dls, # DataLoaders; the test split is used if there is one
@@ -181,20 +191,15 @@ def report(
     seed:int=0, show:bool=True # Print it?
 )->Report:
     "What is this encoder worth? Beside the raw input, a random encoder, and one trained with labels"
-    part = 'test' if getattr(dls, 'test', None) is not None else 'valid'
-    train,test,views = dls.train.new(shuffle=False, drop_last=False),getattr(dls, part),views or default_views(dls.info)
+    part,info = ('test' if getattr(dls, 'test', None) is not None else 'valid'),dls.info
+    train,test,views = dls.train.new(shuffle=False, drop_last=False),getattr(dls, part),views or default_views(info)
+    if not info.classes or not any((b[-1]>=0).any() for b in test): labels,supervised = (),0
     rows = {'raw input': None, 'random encoder': random_copy(encoder).eval(), 'this encoder': encoder.eval()}
-    if supervised and dls.info.classes: rows['supervised'] = train_supervised(encoder, dls, supervised, views=views if dls.info.modality=='image' else None, seed=seed)
+    if supervised: rows['supervised'] = train_supervised(encoder, dls, supervised, views=views if info.modality=='image' else None, seed=seed)
     x = torch.cat([b[0] for b,_ in zip(test, range(1+1000//test.bs))])[:1000]
-    raw = lambda v: bag_of_words(v, dls.info.vocab_size) if dls.info.modality=='text' else v.flatten(1)
-    values,spreads = {},{}
-    for name,enc in rows.items():
-        (h,y),(th,ty) = [raw_features(dl, dls.info) if enc is None else encode(enc, dl) for dl in (train, test)]
-        acc = few_label_accuracy(h, y, th, ty, labels, draws, k, temp, C, seed) if dls.info.classes else {}
-        cols = {f'{m} {n or "all"}': a for (m,n),a in sorted(acc.items(), key=lambda o: o[0][0])}
-        values[name] = {c: a[0] for c,a in cols.items()} | label_free(enc, th, x, views, raw, seed)
-        spreads[name] = {c: a[1] if not c.endswith('all') else np.nan for c,a in cols.items()}
-    table = pd.DataFrame(values).T
-    rep = Report(table, pd.DataFrame(spreads).T.reindex(index=table.index, columns=table.columns), _protocol(dls, labels, draws, k, temp, C, supervised and 'supervised' in rows and supervised, test.n, part, seed))
+    done = {name: _row(enc, train, test, info, labels, x, views, seed, dict(draws=draws, k=k, temp=temp, C=C)) for name,enc in rows.items()}
+    table = pd.DataFrame({name: values for name,(values,_) in done.items()}).T
+    spread = pd.DataFrame({name: s for name,(_,s) in done.items()}).T.reindex(index=table.index, columns=table.columns)
+    rep = Report(table, spread, _protocol(dls, labels, draws, k, temp, C, supervised, test.n, part, seed))
     if show: print(rep)
     return rep

@@ -61,11 +61,11 @@ def loud_positions(
     pos = getattr(vit, 'pos_embed', None)
     if pos is not None and pos.std()<0.03: pos.normal_(0, std)
 
-# %% ../../nbs/masked/01_mae.ipynb #83dd4c71
+# %% ../../nbs/masked/01_mae.ipynb #454c4525
 class MAE(Method):
     "Paint the hidden patches, having seen the others (He et al. 2022)"
     default_encoder = 'small_vit'
-    recipe = dict(epochs=30, batch_size=64, lr=4e-3, wd=0.05)
+    recipe = dict(epochs=30, batch_size=64, lr=1e-3, wd=0.05)
     def __init__(self,
         encoder, # A ViT made by `create_encoder`
         ratio:float=0.75, # Share of the patches to hide (paper: fig. 5)
