@@ -121,7 +121,7 @@ def create_encoder(
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(info.channels, info.size, info.size), crop_pct=1., tag='', url='', hf_hub_id='')
     return ImageEncoder(model, info.mean or [0.5]*info.channels, info.std or [0.25]*info.channels)
 
-# %% ../../nbs/core/05_encoders.ipynb #0cb02727
+# %% ../../nbs/core/05_encoders.ipynb #5bfd1da4
 class TextTransformer(nn.Module):
     "A small transformer encoder for tokens (B,L), 0 = padding; features are the mean over real tokens"
     def __init__(self,
@@ -135,11 +135,12 @@ class TextTransformer(nn.Module):
         self.tokens = nn.Embedding(vocab_size, dim, padding_idx=0)
         self.positions = nn.Parameter(torch.randn(max_len, dim)*0.02)
         nn.init.normal_(self.tokens.weight, std=0.02)
+        self.norm = nn.LayerNorm(dim) # as in BERT: without it, vectors this small drown in what the blocks add to them
         layer = nn.TransformerEncoderLayer(dim, heads, 4*dim, drop, 'gelu', batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
         self.drop = nn.Dropout(drop)
 
-# %% ../../nbs/core/05_encoders.ipynb #cd0aeb34
+# %% ../../nbs/core/05_encoders.ipynb #71f5dd94
 @patch
 def forward_features(self:TextTransformer,
     x # (B,L) long, 0 = padding
@@ -148,7 +149,7 @@ def forward_features(self:TextTransformer,
     if x.shape[1]>len(self.positions): raise ValueError(f'text of {x.shape[1]} tokens, but this encoder takes at most {len(self.positions)}')
     pad = x==0
     pad = pad & ~pad.all(1, keepdim=True) # a text without any token attends to its padding rather than to nothing
-    h = self.drop(self.tokens(x) + self.positions[:x.shape[1]])
+    h = self.drop(self.norm(self.tokens(x) + self.positions[:x.shape[1]]))
     return self.blocks(h, src_key_padding_mask=pad)
 
 @patch

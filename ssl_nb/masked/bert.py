@@ -46,27 +46,33 @@ def chosen(
     "The first `k` chosen positions of each row; where there are fewer, others follow"
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:,:k]
 
-# %% ../../nbs/masked/02_bert.ipynb #4f61077d
+# %% ../../nbs/masked/02_bert.ipynb #70873c34
 class BERT(Method):
     "Which tokens were here? Masked language modelling (Devlin et al. 2019)"
     modality,default_encoder = 'text','small_text'
-    recipe = dict(epochs=6, batch_size=16, lr=5e-3, wd=0.01)
+    recipe = dict(epochs=4, batch_size=16, lr=3e-3, wd=0.05)
     def __init__(self,
         encoder, # A text encoder with a token embedding `tokens`
         ratio:float=0.15, # Share of the tokens that is chosen (sec. 3.1)
         mask_id:int=MASK, # Number of `[MASK]`
         special_ids=(UNK,CLS,SEP,MASK), # Never chosen; padding (0) never is
-        tokenizer=None # To show words instead of numbers
+        tokenizer=None, # To show words instead of numbers
+        counts=None # (V,) how often each token occurs; the biases start there instead of at 0
     ):
         super().__init__(encoder)
         if not isinstance(getattr(encoder, 'tokens', None), nn.Embedding): raise ValueError(f'BERT reads text; {type(encoder).__name__} has no token embedding `tokens`, small_text has')
         self.ratio,self.mask_id,self.special_ids,self.tokenizer = ratio,mask_id,special_ids,tokenizer
         self.vocab_size,dim = encoder.tokens.weight.shape
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
-        self.bias = nn.Parameter(torch.zeros(self.vocab_size))
+        start = torch.zeros(self.vocab_size) if counts is None else F.log_softmax((counts.float()+1).log(), dim=0)
+        self.bias = nn.Parameter(start)
 
     @classmethod
-    def for_data(cls, encoder, dls, **kwargs): return cls(encoder, **{'tokenizer': getattr(dls, 'tokenizer', None)} | kwargs)
+    def for_data(cls, encoder, dls, **kwargs):
+        xs,size = getattr(dls.train, 'xs', None),encoder.tokens.num_embeddings if hasattr(encoder, 'tokens') else 0
+        counts = torch.bincount(xs[0].cpu().long().flatten(), minlength=size) if xs and size else None
+        if counts is not None: counts[:len(SPECIALS)] = 0
+        return cls(encoder, **{'tokenizer': getattr(dls, 'tokenizer', None), 'counts': counts} | kwargs)
 
 # %% ../../nbs/masked/02_bert.ipynb #51013f27
 from fastcore.basics import patch

@@ -30,10 +30,10 @@ def rotation_loss(
     "Cross-entropy over all images and all four copies of each (Gidaris et al. 2018, eq. 2 and 3)"
     return F.cross_entropy(pred, target)
 
-# %% ../../nbs/pretext/01_rotation.ipynb #0a510c27
+# %% ../../nbs/pretext/01_rotation.ipynb #c40a6e3f
 class Rotation(Method):
     "Predict by which multiple of 90° an image was turned (Gidaris et al. 2018)"
-    recipe = dict(epochs=12, batch_size=64, lr=2e-3, wd=0.05)
+    recipe = dict(epochs=10, batch_size=64, lr=2e-3, wd=0.05)
     def __init__(self,
         encoder, # Turns images into features
         views=None # Makes one random view of a batch before it is turned; None leaves it as it is
