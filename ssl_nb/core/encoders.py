@@ -121,24 +121,29 @@ def create_encoder(
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(info.channels, info.size, info.size), crop_pct=1., tag='', url='', hf_hub_id='')
     return ImageEncoder(model, info.mean or [0.5]*info.channels, info.std or [0.25]*info.channels)
 
-# %% ../../nbs/core/05_encoders.ipynb #5bfd1da4
+# %% ../../nbs/core/05_encoders.ipynb #81203a9e
 class TextTransformer(nn.Module):
     "A small transformer encoder for tokens (B,L), 0 = padding; features are the mean over real tokens"
     def __init__(self,
         vocab_size:int, # Number of tokens, including padding at 0
         max_len:int=64, # Longest text in tokens
-        dim:int=128, depth:int=3, heads:int=4, drop:float=0.1
+        dim:int=64, depth:int=1, heads:int=4, drop:float=0.
     ):
         super().__init__()
         self.args = dict(vocab_size=vocab_size, max_len=max_len, dim=dim, depth=depth, heads=heads, drop=drop)
         self.num_features = dim
         self.tokens = nn.Embedding(vocab_size, dim, padding_idx=0)
-        self.positions = nn.Parameter(torch.randn(max_len, dim)*0.02)
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.positions = nn.Parameter(torch.empty(max_len, dim))
         self.norm = nn.LayerNorm(dim) # as in BERT: without it, vectors this small drown in what the blocks add to them
         layer = nn.TransformerEncoderLayer(dim, heads, 4*dim, drop, 'gelu', batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
         self.drop = nn.Dropout(drop)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "BERT's initial embeddings: normal with deviation 0.02, padding at zero"
+        nn.init.normal_(self.tokens.weight, std=0.02); nn.init.normal_(self.positions, std=0.02)
+        with torch.no_grad(): self.tokens.weight[0] = 0
 
 # %% ../../nbs/core/05_encoders.ipynb #71f5dd94
 @patch

@@ -62,16 +62,16 @@ def show_pretext(
         for k,v in zip(words, sample): print(f'{k:>10}: {v}')
         print()
 
-# %% ../../nbs/core/09_plot.ipynb #6156d91b
+# %% ../../nbs/core/09_plot.ipynb #b374d52b
 def plot_training(
     history # `learn.history`, or a DataFrame of it
 ):
-    "Loss, k-NN accuracy where labels are known, spread and rank of the features, by epoch"
+    "Loss, accuracy of the pretext task where there is one, k-NN accuracy where labels are known, spread and rank of the features, by epoch"
     rows = history if isinstance(history, list) else history.to_dict('records')
     get = lambda k: [(r['epoch']+1, r[k]) for r in rows if r.get(k) is not None and r[k]==r[k]]
-    panels = [('loss', ('train_loss','valid_loss')), ('k-NN accuracy', ('knn',)), ('spread (std)', ('std',)), ('rank', ('rank',))]
+    panels = [('loss', ('train_loss','valid_loss')), ('pretext accuracy', ('accuracy',)), ('k-NN accuracy', ('knn',)), ('spread (std)', ('std',)), ('rank', ('rank',))]
     panels = [(t,[(k,get(k)) for k in ks if get(k)]) for t,ks in panels if any(get(k) for k in ks)]
-    fig,axs = plt.subplots(1, len(panels), figsize=(2.5*len(panels),2.1), squeeze=False, dpi=72)
+    fig,axs = plt.subplots(1, len(panels), figsize=(2.3*len(panels),2.1), squeeze=False, dpi=72)
     for ax,(title,lines) in zip(axs[0], panels):
         for k,points in lines: ax.plot(*zip(*points), label=k.split('_')[0], marker='.' if len(points)<15 else None, lw=1.5)
         if len(lines)>1: ax.legend(fontsize=7)
