@@ -65,7 +65,9 @@ def run(nb, path):
     km = ThisPython()
     client = NotebookClient(nb, km=km, timeout=None, resources={'metadata': {'path': str(path.parent)}},
                             on_cell_start=on_start, startup_timeout=120)
-    async def go(): await asyncio.wait_for(client.async_execute(env=kernel_env()), LIMIT)
+    async def go():
+        try: await asyncio.wait_for(client.async_execute(env=kernel_env()), LIMIT)
+        finally: await km.shutdown_kernel(now=True) # nbclient leaves a kernel alive that it was given
     start,why = time.perf_counter(),None
     try: asyncio.run(go())
     except CellExecutionError: why = 'raised an error'
