@@ -162,4 +162,4 @@ def test_unlabelled_photos_end_to_end(tmp_path, capsys):
     assert json.loads((tmp_path/'run'/'config.json').read_text())['info']['skipped'] == 1
     assert main(['embed', str(tmp_path/'run'), str(folder), '--out', str(tmp_path/'f.npz'), '--device', 'cpu']) == 0
     f = np.load(tmp_path/'f.npz')
-    assert len(f['file']) == len(f['features']) == 24 and not any('broken' in n for n in f['file'])
+    assert len(f['files']) == len(f['features']) == 24 and not any('broken' in n for n in f['files'])

@@ -25,11 +25,11 @@ def nt_xent(
     partner = torch.arange(len(z), device=z.device).roll(len(z1))
     return F.cross_entropy(sim, partner)
 
-# %% ../../nbs/contrastive/02_simclr.ipynb #c8915c4e
+# %% ../../nbs/contrastive/02_simclr.ipynb #04487465
 class SimCLR(Method):
     "Two views of a picture must find each other among all views of the batch (Chen et al. 2020)"
     min_batch = 2
-    recipe = dict(epochs=25, batch_size=128, lr=5e-3, wd=0.05)
+    recipe = dict(epochs=30, batch_size=128, lr=5e-3, wd=0.05)
     def __init__(self,
         encoder, # Turns images into features
         views, # Makes one random view of a batch; see `core.views`

@@ -166,7 +166,7 @@ def report_run(
     if len(h)>10: _save_figure(lambda: plot_embedding(h, y, dls.info.classes), run/'embedding.png')
     return rep
 
-# %% ../../nbs/core/09_run.ipynb #23c40969
+# %% ../../nbs/core/09_run.ipynb #099add43
 def embed(
     run, # Folder of a finished run
     data, # Folder of images or texts, or a file that lists them
@@ -180,7 +180,7 @@ def embed(
     if out.suffix not in ('.parquet','.npz'): raise ValueError(f'{out}: features are written as .parquet or .npz')
     files,h = _embed_texts(enc, run, data, cfg, device, batch_size) if cfg['info']['modality']=='text' else _embed_images(enc, data, cfg, device, batch_size)
     h = h.cpu().numpy().astype(np.float32)
-    if out.suffix=='.npz': np.savez_compressed(out, file=np.array(files), features=h)
+    if out.suffix=='.npz': np.savez_compressed(out, files=np.array(files), features=h)
     else: pd.DataFrame({'file': files} | {f'f{i}': c for i,c in enumerate(h.T)}).to_parquet(out, index=False)
     print(f'{len(h)} x {h.shape[1]} features -> {out}')
     return out
