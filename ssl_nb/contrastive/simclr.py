@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['nt_xent', 'SimCLR']
 
-# %% ../../nbs/contrastive/02_simclr.ipynb #4db13e59
+# %% ../../nbs/contrastive/02_simclr.ipynb #5c3244f0
 import torch
 import torch.nn.functional as F
 from ..core.heads import mlp
-from ..core.method import Method
-from ..core.views import image_views
-from .infonce import partner_accuracy
+from .infonce import crowd, partner_accuracy
+from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/02_simclr.ipynb #d3663371
+# %% ../../nbs/contrastive/02_simclr.ipynb #4931328f
 def nt_xent(
     z1, # (N,D) projections of the first views, not normalised
     z2, # (N,D) projections of the second views
@@ -21,14 +20,12 @@ def nt_xent(
 ): # Scalar
     "The normalised temperature-scaled cross-entropy loss (Chen et al. 2020, eq. 1)"
     z = F.normalize(torch.cat([z1, z2]), dim=1) # (2N,D)
-    sim = (z @ z.T/temp).fill_diagonal_(float('-inf')) # nobody is their own candidate
-    partner = torch.arange(len(z), device=z.device).roll(len(z1))
-    return F.cross_entropy(sim, partner)
+    own = torch.arange(len(z), device=z.device)
+    return (crowd(z, z, temp, skip=own) - (z*z.roll(len(z1), 0)).sum(1)/temp).mean()
 
-# %% ../../nbs/contrastive/02_simclr.ipynb #04487465
-class SimCLR(Method):
+# %% ../../nbs/contrastive/02_simclr.ipynb #96ee9140
+class SimCLR(JointEmbedding):
     "Two views of a picture must find each other among all views of the batch (Chen et al. 2020)"
-    min_batch = 2
     recipe = dict(epochs=30, batch_size=128, lr=5e-3, wd=0.05)
     def __init__(self,
         encoder, # Turns images into features
@@ -37,15 +34,11 @@ class SimCLR(Method):
         hidden:int=None, # Width of the projection's hidden layer; by default that of the features (sec. 4.2)
         dim:int=128 # Length of the projection (sec. 4.2)
     ):
-        super().__init__(encoder)
-        self.views,self.temp = views,temp
+        super().__init__(encoder, views)
+        self.temp = temp
         self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim))
 
-    @classmethod
-    def for_data(cls, encoder, dls, **kwargs): return cls(encoder, **{'views': image_views(dls.info.size, **dls.info.views)} | kwargs)
-
-    def pretext(self, x): return (self.views(x), self.views(x)), ()
     def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
     def loss(self, pred): return nt_xent(*pred, self.temp)
     def metrics(self, pred): return dict(accuracy=partner_accuracy(*pred))
-    def show(self, x, inputs, targets): return {'clean': x[0], 'view 1': inputs[0], 'view 2': inputs[1]}
+    def guards(self): return {'negatives': True, 'temperature': self.temp >= 0.01}

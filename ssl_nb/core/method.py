@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from fastai.callback.core import event
 
-# %% ../../nbs/core/01_method.ipynb #c334aac3
+# %% ../../nbs/core/01_method.ipynb #b598f995
 class Method(nn.Module):
     "A self-supervised method: it turns an unlabelled batch into a supervised problem"
     modality = 'image'            # which kind of data it asks about: 'image' or 'text'
     default_encoder = 'small_cnn' # used where none is named; see `core.encoders`
     min_batch = 1                 # the smallest batch for which the loss has a meaning
+    uses_labels = False           # hand the labels to `pretext` as well? Only a supervised bound needs them
     recipe = dict(epochs=50, batch_size=256, lr=2e-3, wd=0.05) # for the embedded data on a laptop
     def __init__(self,
         encoder, # Turns a clean batch into features (B, num_features); the only part that outlives pre-training
@@ -65,13 +66,25 @@ def update(self:Method,
 ):
     "What moves by itself? Called after every step of the optimizer"
 
-# %% ../../nbs/core/01_method.ipynb #2c90b0cb
+# %% ../../nbs/core/01_method.ipynb #87c983fe
 @patch
 def metrics(self:Method,
     pred, # What `forward` returned
     *targets # What `pretext` returned second
 )->dict: # Name -> number
     "Numbers to show beside the loss, for instance how often the pretext question was answered right"
+    return {}
+
+@patch
+def answers(self:Method,
+    pred # What `forward` returned
+): # (N,D), or None where the prediction is no vector a sample
+    "The prediction as one vector a sample: if all of them are alike, the question has become pointless"
+    return None
+
+@patch
+def guards(self:Method)->dict: # Name -> is it in place?
+    "What keeps the answers to different samples apart; a collapse is explained by what is not in place"
     return {}
 
 @patch
@@ -131,7 +144,7 @@ def _check_learns(method, inputs, targets, lr):
         losses.append(loss.item())
     if not min(losses[-3:]) < losses[0]: _fail(method, f'ten steps on one batch did not lower the loss: {losses[0]:.4f} -> {losses[-1]:.4f}')
 
-# %% ../../nbs/core/01_method.ipynb #f845b0dd
+# %% ../../nbs/core/01_method.ipynb #0a496424
 def check_method(
     method:Method, # The method to check; it is not changed
     batch, # A batch (*x, y)
@@ -139,13 +152,14 @@ def check_method(
 ):
     "Raise `AssertionError`, with the reason, if `method` does not keep the contract"
     method,(*x,y) = copy.deepcopy(method).train(),batch
+    asked = batch if method.uses_labels else x
     events = [o for o in vars(event) if not o.startswith('_')]
     shadow = [o for o in events if hasattr(method, o)]
     if shadow: _fail(method, f'the attribute {shadow[0]} has the name of a fastai event and would be called by every callback')
     h = method.encoder(x[0])
     if h.shape != (len(x[0]), method.encoder.num_features):
         _fail(method, f'encoder output is {tuple(h.shape)}, should be ({len(x[0])}, {method.encoder.num_features})')
-    inputs,targets = _check_pretext(method, x)
+    inputs,targets = _check_pretext(method, asked)
     _check_gradients(method, inputs, targets)
     _check_state(method, inputs, targets)
     _check_learns(method, inputs, targets, lr)
@@ -153,7 +167,7 @@ def check_method(
 # %% ../../nbs/core/01_method.ipynb #bef44054
 import importlib, pkgutil, difflib, warnings
 
-# %% ../../nbs/core/01_method.ipynb #52756346
+# %% ../../nbs/core/01_method.ipynb #08084696
 _not_methods = {'core','transfer','tutorials','benchmarks'}
 
 def find_methods(
@@ -167,7 +181,7 @@ def find_methods(
         try: mod = importlib.import_module(m.name)
         except Exception as e: warnings.warn(f'{m.name} could not be imported: {type(e).__name__}: {e}'); continue
         for c in vars(mod).values():
-            if isinstance(c, type) and issubclass(c, Method) and c.__module__==m.name: found.setdefault(parts[-1], c)
+            if isinstance(c, type) and issubclass(c, Method) and c.__module__==m.name and c.loss is not Method.loss: found.setdefault(parts[-1], c)
     return found
 
 # %% ../../nbs/core/01_method.ipynb #6628877b

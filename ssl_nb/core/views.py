@@ -6,7 +6,7 @@
 __all__ = ['resize_matrix', 'separable', 'resized_crop', 'uniform', 'central_box', 'random_crop_box', 'per_sample', 'on_rgb',
            'luma', 'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'grey', 'adjust_hue', 'gaussian_window',
            'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'ImageViews',
-           'image_views', 'TokenViews']
+           'image_views', 'TokenViews', 'default_views']
 
 # %% ../../nbs/core/03_views.ipynb #e1240500
 import math, functools
@@ -327,3 +327,10 @@ class TokenViews(Draw):
         gone = (torch.rand(x.shape, device=x.device)<self.drop) & (x!=0)
         gone[:,0] = False
         return x.masked_fill(gone, self.mask_id)
+
+# %% ../../nbs/core/03_views.ipynb #b4c9a14c
+def default_views(
+    info # `dls.info`, a `DataInfo`
+): # Function from a batch to one random view of it
+    "Random views that fit the data"
+    return TokenViews(0.15) if info.modality=='text' else image_views(info.size, **info.views)
