@@ -82,7 +82,7 @@ def koleo(
         near = (z.detach() @ z.detach().T).fill_diagonal_(-2).argmax(1)
         return -(F.pairwise_distance(z, z[near], eps=eps) + eps).log().mean()
 
-# %% ../../nbs/contrastive/17_dino.ipynb #7ff12937
+# %% ../../nbs/contrastive/17_dino.ipynb #b32cf3f0
 class DINO(JointEmbedding):
     "Say of a crop what a slow copy of the network, centred and sharpened, says of another (Caron et al. 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -91,12 +91,12 @@ class DINO(JointEmbedding):
         views, # Makes one large crop of a batch; see `core.views`
         small=None, # Makes one small crop; by default as `views`
         n_small:int=0, # Small crops a sample; the paper has 8 to 10
-        dim:int=256, # Number of classes K; the paper has 65,536
+        dim:int=64, # Number of classes K; the paper has 65,536
         temps=(0.1,0.04), # Temperatures of student and teacher (sec. 3.2); the second must be lower
         centring:str='mean', # 'mean' (eq. 4), 'sinkhorn' (DINOv2), or None
         momentum:float=0.95, # The teacher's share of itself at the start; the paper has 0.996 (sec. 3.1)
         m_center:float=0.9, # The centre's share of itself (eq. 4)
-        koleo:float=0., # Weight of KoLeo; DINOv2 has 0.1
+        koleo:float=0.1, # Weight of KoLeo, as in DINOv2; 0 is the first DINO
         hidden:int=None, # Width of the head's hidden layers; by default that of the features
         bottleneck:int=32, # Width of the layer that is normalised; the paper has 256
         norm=nn.BatchNorm1d # Normalisation in the head, or None as for the paper's ViT
@@ -110,6 +110,7 @@ class DINO(JointEmbedding):
         self.teacher = ema_copy(nn.Sequential(encoder, self.head))
         self.register_buffer('center', torch.zeros(dim))
         self.register_buffer('batch_mean', torch.zeros(dim))
+        self.register_buffer('steps', torch.zeros(()))
 
     @classmethod
     def for_data(cls, encoder, dls, **kwargs):
@@ -133,7 +134,9 @@ class DINO(JointEmbedding):
 
     def update(self, pct):
         ema_update(self.teacher, nn.Sequential(self.encoder, self.head), cosine_momentum(pct, self.momentum))
-        if self.centring=='mean': self.center.lerp_(self.batch_mean, 1-self.m_center)
+        if self.centring=='mean':
+            self.steps += 1
+            self.center.lerp_(self.batch_mean, (1/self.steps).clamp(min=1-self.m_center)) # a plain mean at first
 
     def metrics(self, pred, p):
         entropy = -(p*p.clamp(min=1e-12).log()).sum(-1).mean()
