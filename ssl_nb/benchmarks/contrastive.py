@@ -107,7 +107,7 @@ def machine(device):
     "The processor, in words"
     return torch.cuda.get_device_name() if device.startswith('cuda') else f'{os.cpu_count()} CPU cores, {platform.machine()}'
 
-# %% ../../nbs/benchmarks/01_contrastive.ipynb #e996b273
+# %% ../../nbs/benchmarks/01_contrastive.ipynb #cc9c2957
 def _save(file, out):
     tmp = file.with_suffix('.tmp')
     tmp.write_text(json.dumps(out, indent=1))
@@ -128,7 +128,8 @@ def compare(
     cfg:dict, # See `config`
     methods=None, # Names; all of the family by default
     seeds:int=3, # Seeds 0 to seeds-1
-    folder='results' # Where the file goes
+    folder='results', # Where the file goes
+    workers:int=None # Runs at once; as many as cores on a CPU, one on a GPU
 )->dict: # What the file holds
     "Run what is not yet in the file, and write after each run"
     methods,file = methods or family(),results_file(cfg, folder)
@@ -137,7 +138,8 @@ def compare(
     out = json.loads(file.read_text()) if file.exists() else dict(config=cfg, machine=machine(cfg['device']), torch=torch.__version__, raw=_raw(cfg), runs=[])
     done = {(r['method'],r['seed']) for r in out['runs']}
     jobs = [(m,s) for s in range(seeds) for m in methods if (m,s) not in done]
-    for r in _finished(jobs, cfg, min(len(jobs), os.cpu_count()) if cfg['device']=='cpu' else 1):
+    workers = workers or (os.cpu_count() if cfg['device']=='cpu' else 1)
+    for r in _finished(jobs, cfg, max(1, min(len(jobs), workers))):
         out['runs'].append(r)
         _save(file, out)
         print(f"{r['method']:>12} seed {r['seed']}: k-NN {r['knn all']:.1f}, probe at 10 labels {r['probe 10']:.1f}, {r['seconds']:.0f} s {r['diagnosis'] or ''} {', '.join(r['cause'] or [])}", flush=True)
@@ -192,7 +194,7 @@ def protocol(
             f"on standardised features. 1 and 10 labels a class: mean over 5 draws. ± is the deviation over seeds. samples_per_s and seconds: training, {out['machine']}"
             f"{', one run a core' if c['device']=='cpu' else ''}.")
 
-# %% ../../nbs/benchmarks/01_contrastive.ipynb #0f0ece9c
+# %% ../../nbs/benchmarks/01_contrastive.ipynb #9f099596
 def parser():
     "The arguments of the command"
     p = argparse.ArgumentParser('python -m ssl_nb.benchmarks.contrastive', description='Compare the contrastive methods; writes a JSON file and a figure, prints the table.')
@@ -205,6 +207,7 @@ def parser():
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--samples', type=int, help='train on the first so many samples only')
     p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
+    p.add_argument('--workers', type=int, help='runs at once (default: as many as cores on a CPU, one on a GPU)')
     p.add_argument('--folder', default='nbs/benchmarks/results' if Path('nbs').is_dir() else 'results', help='where the result goes')
     return p
 
@@ -213,7 +216,7 @@ def main(
 ):
     "Run the comparison"
     a = parser().parse_args(args)
-    out = compare(config(a.data, a.encoder, a.epochs, a.batch_size, a.lr, a.device, a.samples), a.methods and a.methods.split(','), a.seeds, a.folder)
+    out = compare(config(a.data, a.encoder, a.epochs, a.batch_size, a.lr, a.device, a.samples), a.methods and a.methods.split(','), a.seeds, a.folder, a.workers)
     file = results_file(out['config'], a.folder).with_suffix('.png')
     figure(out).savefig(file, dpi=72, bbox_inches='tight')
     print(text_table(out).to_string(), protocol(out), file, sep='\n\n')

@@ -182,10 +182,10 @@ def _load(files, root, size, channels, device):
     where[good] = np.arange(len(good))
     return x,where,failed
 
-# %% ../../nbs/contrastive/18_clip.ipynb #531ed709
+# %% ../../nbs/contrastive/18_clip.ipynb #71a7224c
 class CLIP(Method):
     "Images find their captions in the batch, captions their images (Radford et al. 2021; Zhai et al. 2023)"
-    min_batch = 2
+    modality,min_batch = 'pairs',2
     recipe = dict(epochs=6, batch_size=128, lr=5e-3, wd=0.05)
     def __init__(self,
         encoder, # Turns images into features; the part that outlives

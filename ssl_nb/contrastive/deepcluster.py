@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['unit', 'spherical_kmeans', 'deepcluster_loss', 'DeepCluster']
 
-# %% ../../nbs/contrastive/15_deepcluster.ipynb #8f0c5692
+# %% ../../nbs/contrastive/15_deepcluster.ipynb #ce9d5a4a
+from functools import partial
 import torch
 import torch.nn.functional as F
+from torch import nn
 from ..core.heads import mlp
 from .joint_embedding import JointEmbedding
 
@@ -44,7 +46,7 @@ def deepcluster_loss(
         z = unit(z)
         return F.cross_entropy(z @ unit(centroids).to(z.dtype).T/temp, y)
 
-# %% ../../nbs/contrastive/15_deepcluster.ipynb #313d784b
+# %% ../../nbs/contrastive/15_deepcluster.ipynb #42e11da0
 class DeepCluster(JointEmbedding):
     "Predict the other view's cluster, where k-means on the latest projections makes the clusters (Caron et al. 2018, 2020)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -60,7 +62,8 @@ class DeepCluster(JointEmbedding):
     ):
         super().__init__(encoder, views)
         self.temp,self.rounds = temp,rounds
-        self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim), last_norm=True)
+        norm = partial(nn.BatchNorm1d, track_running_stats=False) # the batch's own statistics, in evaluation too
+        self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim), norm, last_norm=True)
         self.register_buffer('memory', torch.zeros(memory, dim))
         self.register_buffer('centroids', unit(torch.randn(clusters, dim)))
 

@@ -9,7 +9,7 @@ __all__ = ['JointEmbedding']
 from ..core.method import Method
 from ..core.views import default_views
 
-# %% ../../nbs/contrastive/00_joint_embedding.ipynb #5838b9d4
+# %% ../../nbs/contrastive/00_joint_embedding.ipynb #39836152
 class JointEmbedding(Method):
     "Two random views of each sample should agree; a method says how, and what keeps different samples apart"
     min_batch = 2
@@ -27,7 +27,7 @@ class JointEmbedding(Method):
     def pretext(self, x): return (self.views(x), self.views(x)), ()
     def answers(self, pred): return pred[0]
     def show(self, x, inputs, targets):
-        if x[0].ndim!=4: return {'clean': _as_text(x[0]), 'view 1': _as_text(inputs[0]), 'view 2': _as_text(inputs[1])}
-        return {'clean': x[0], 'view 1': inputs[0], 'view 2': inputs[1]}
+        rows = {'clean': x[0]} | {f'view {i+1}': v for i,v in enumerate(inputs)}
+        return rows if x[0].ndim==4 else {k: _as_text(v) for k,v in rows.items()}
 
 def _as_text(tokens): return [' '.join(str(t) if t else '_' for t in row) for row in tokens.tolist()]

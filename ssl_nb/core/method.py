@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from fastai.callback.core import event
 
-# %% ../../nbs/core/01_method.ipynb #b598f995
+# %% ../../nbs/core/01_method.ipynb #ca23756f
 class Method(nn.Module):
     "A self-supervised method: it turns an unlabelled batch into a supervised problem"
-    modality = 'image'            # which kind of data it asks about: 'image' or 'text'
+    modality = 'image'            # which kind of data it asks about: 'image', 'text', or 'pairs' of them
     default_encoder = 'small_cnn' # used where none is named; see `core.encoders`
     min_batch = 1                 # the smallest batch for which the loss has a meaning
     uses_labels = False           # hand the labels to `pretext` as well? Only a supervised bound needs them

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['pick_device', 'get_dls', 'run_folder', 'run_config', 'build', 'pretrain', 'load_run', 'report_run', 'embed']
 
-# %% ../../nbs/core/09_run.ipynb #ed9d68d8
+# %% ../../nbs/core/09_run.ipynb #d52af71b
 import json, os, platform
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
 from .data import DataInfo, digits_dls
@@ -75,7 +76,7 @@ def run_folder(
         raise FileExistsError(f'{out} already holds a run; go on with it (--resume), or choose another folder (--out)')
     return out
 
-# %% ../../nbs/core/09_run.ipynb #79fb9e97
+# %% ../../nbs/core/09_run.ipynb #c8049ce8
 def _versions(): return dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__)
 
 def run_config(
@@ -85,20 +86,21 @@ def run_config(
     "All settings of a run, with the method's recipe where nothing was given"
     cls = get_method(method)
     r = cls.recipe
-    data = str(Path(data).expanduser().resolve()) if data and data not in ('digits','pydoc') else data or ('digits' if cls.modality=='image' else 'pydoc')
+    data = str(Path(data).expanduser().resolve()) if data and data not in ('digits','pydoc') else data or ('pydoc' if cls.modality=='text' else 'digits')
     for k,v in dict(epochs=epochs, batch_size=batch_size, size=size).items():
         if v is not None and v<1: raise ValueError(f'{k} must be at least 1, got {v}')
     return dict(method=method.lower(), data=data, encoder=encoder or cls.default_encoder, epochs=epochs or r['epochs'], batch_size=batch_size or r['batch_size'],
                 lr=lr or r['lr'], wd=r['wd'], seed=seed, size=size, device=pick_device(device), versions=_versions())
 
-# %% ../../nbs/core/09_run.ipynb #f95cb544
+# %% ../../nbs/core/09_run.ipynb #d4bd9173
 def build(
     cfg:dict, # From `run_config`
     tokenizer=None # JSON file, for text that was tokenized before
 ): # (dls, method)
     "Data and method of a configuration, the weights drawn from its seed"
     cls = get_method(cfg['method'])
-    dls = get_dls(cfg['data'], cls.modality, cfg['size'], **({'tokenizer': tokenizer} if tokenizer else {}), bs=cfg['batch_size'], device=cfg['device'], seed=cfg['seed'])
+    get = getattr(cls, 'get_dls', None) or partial(get_dls, modality=cls.modality)
+    dls = get(cfg['data'], size=cfg['size'], **({'tokenizer': tokenizer} if tokenizer else {}), bs=cfg['batch_size'], device=cfg['device'], seed=cfg['seed'])
     seed_everything(cfg['seed'])
     return dls,cls.for_data(create_encoder(cfg['encoder'], dls.info), dls).to(cfg['device'])
 
