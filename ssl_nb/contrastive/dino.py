@@ -59,18 +59,6 @@ class Directions(nn.Linear):
         with torch.autocast(z.device.type, enabled=False): # a temperature of 0.04 magnifies what is rounded off
             return F.linear(F.normalize(z.to(self.weight.dtype), dim=1), F.normalize(self.weight, dim=1))
 
-# %% ../../nbs/contrastive/17_dino.ipynb #18e1f2c0
-@torch.no_grad()
-def _sinkhorn(
-    logits, # (N,K) raw outputs of the teacher
-    temp:float=0.04, # Temperature of the teacher
-    iters:int=3 # Rounds, as in the authors' code
-): # (N,K); rows sum to 1, columns nearly to N/K
-    "Probabilities that use all classes equally within the batch (Oquab et al. 2023; Caron et al. 2020)"
-    log_p = _full(logits)/temp
-    for _ in range(iters): log_p = (log_p - log_p.logsumexp(0)).log_softmax(1)
-    return log_p.exp()
-
 # %% ../../nbs/contrastive/17_dino.ipynb #d5b7041b
 def koleo(
     z, # (N,D) features, not normalised
@@ -82,7 +70,7 @@ def koleo(
         near = (z.detach() @ z.detach().T).fill_diagonal_(-2).argmax(1)
         return -(F.pairwise_distance(z, z[near], eps=eps) + eps).log().mean()
 
-# %% ../../nbs/contrastive/17_dino.ipynb #b32cf3f0
+# %% ../../nbs/contrastive/17_dino.ipynb #80b05712
 class DINO(JointEmbedding):
     "Say of a crop what a slow copy of the network, centred and sharpened, says of another (Caron et al. 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -93,7 +81,7 @@ class DINO(JointEmbedding):
         n_small:int=0, # Small crops a sample; the paper has 8 to 10
         dim:int=64, # Number of classes K; the paper has 65,536
         temps=(0.1,0.04), # Temperatures of student and teacher (sec. 3.2); the second must be lower
-        centring:str='mean', # 'mean' (eq. 4), 'sinkhorn' (DINOv2), or None
+        centring='mean', # 'mean' (eq. 4), None, or a function of (logits, temp) such as `swav.sinkhorn` (DINOv2)
         momentum:float=0.95, # The teacher's share of itself at the start; the paper has 0.996 (sec. 3.1)
         m_center:float=0.9, # The centre's share of itself (eq. 4)
         koleo:float=0.1, # Weight of KoLeo, as in DINOv2; 0 is the first DINO
@@ -102,7 +90,7 @@ class DINO(JointEmbedding):
         norm=nn.BatchNorm1d # Normalisation in the head, or None as for the paper's ViT
     ):
         super().__init__(encoder, views)
-        if centring not in ('mean','sinkhorn',None): raise ValueError(f"centring must be 'mean', 'sinkhorn' or None, got {centring!r}")
+        if centring not in ('mean',None) and not callable(centring): raise ValueError(f"centring must be 'mean', None or a function such as sinkhorn, got {centring!r}")
         self.small,self.n_small,self.temps,self.centring = small or views,n_small,temps,centring
         self.momentum,self.m_center,self.koleo = momentum,m_center,koleo
         n,hidden = encoder.num_features,hidden or encoder.num_features
@@ -121,7 +109,7 @@ class DINO(JointEmbedding):
         large,small = [self.views(x) for _ in range(2)],[self.small(x) for _ in range(self.n_small)]
         t = self.teacher(torch.cat(large)) # (2N,K)
         if self.training: self.batch_mean.copy_(t.mean(0))
-        p = _sinkhorn(t, self.temps[1]) if self.centring=='sinkhorn' else teacher_probs(t, self.center, self.temps[1])
+        p = self.centring(t, self.temps[1]) if callable(self.centring) else teacher_probs(t, self.center, self.temps[1])
         return (*large, *small),(p.unflatten(0, (2,-1)),)
 
     def forward(self, *crops):

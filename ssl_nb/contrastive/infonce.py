@@ -56,17 +56,18 @@ def crowd(
     with torch.autocast(q.device.type, enabled=False): # scores in full precision: the temperature magnifies what they lose
         return _Crowd.apply(*_full(q, keys), temp, skip, max(1, most//len(keys)))
 
-# %% ../../nbs/contrastive/01_infonce.ipynb #673c6952
+# %% ../../nbs/contrastive/01_infonce.ipynb #42866c2f
 def info_nce(
     q, # (N,D) queries, not normalised
     k, # (N,D) keys; k[i] is the partner of q[i]
-    queue=None, # (M,D) further keys that are nobody's partner
+    queue=None, # (M,D) negatives, nobody's partner, that take the place of the batch's other keys (He et al. 2020, eq. 1)
     temp:float=0.1 # Temperature
 ): # Scalar
-    "InfoNCE with cosine scores (van den Oord et al. 2018, eq. 4): find each query's partner among all keys"
-    q,k = F.normalize(q, dim=1),F.normalize(k, dim=1)
-    keys = k if queue is None else torch.cat([k, F.normalize(queue, dim=1)])
-    return (crowd(q, keys, temp) - (q*k).sum(1)/temp).mean()
+    "InfoNCE with cosine scores (van den Oord et al. 2018, eq. 4): find each query's partner among the keys"
+    q,k = [F.normalize(t, dim=1) for t in _full(q, k)]
+    partner = (q*k).sum(1)/temp
+    below = crowd(q, k, temp) if queue is None else torch.logaddexp(partner, crowd(q, F.normalize(queue, dim=1), temp))
+    return (below - partner).mean()
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #39a403f8
 @torch.no_grad()

@@ -34,7 +34,7 @@ def _head(n_in, hidden, n_out, layers):
     "Linear layers without bias, batch normalisation after each, the last without weights (`_build_mlp` of the authors)"
     return nn.Sequential(mlp((n_in, *[hidden]*(layers-1), n_out), bias=False), nn.BatchNorm1d(n_out, affine=False))
 
-# %% ../../nbs/contrastive/04_moco_v3.ipynb #c7a840a5
+# %% ../../nbs/contrastive/04_moco_v3.ipynb #43b802fe
 class MoCoV3(JointEmbedding):
     "Each view's query finds the other view's key among those of the batch (Chen, Xie and He 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -42,14 +42,14 @@ class MoCoV3(JointEmbedding):
         encoder, # Turns a batch into features; its patch embedding, if it has one, is frozen
         views, # Makes one random view of a batch; see `core.views`
         temp:float=0.2, # Temperature
-        m:float=0.99, # Momentum of the slow encoder at the start; it rises to 1 along a cosine (authors' code)
+        momentum:float=0.99, # Momentum of the slow encoder at the start; it rises to 1 along a cosine (authors' code)
         predictor:bool=True, # Put a predictor on the queries?
         freeze:bool=True, # Freeze a patch embedding?
         hidden:int=None, # Width of hidden layers; by default that of the features (paper: 4,096)
         dim:int=128 # Length of queries and keys (paper: 256)
     ):
         super().__init__(encoder, views)
-        self.temp,self.m = temp,m
+        self.temp,self.momentum = temp,momentum
         is_vit,d = any(hasattr(o, 'patch_embed') for o in encoder.modules()),encoder.num_features
         if freeze: frozen_patches(encoder)
         self.head = _head(d, hidden or d, dim, 3 if is_vit else 2)
@@ -62,6 +62,6 @@ class MoCoV3(JointEmbedding):
 
     def forward(self, v1, v2): return [self.predictor(self.head(self.encoder(v))) for v in (v1, v2)]
     def loss(self, pred, k1, k2): return ctr(pred[0], k2, self.temp) + ctr(pred[1], k1, self.temp)
-    def update(self, pct): ema_update(self.slow, nn.Sequential(self.encoder, self.head), cosine_momentum(pct, self.m))
+    def update(self, pct): ema_update(self.slow, nn.Sequential(self.encoder, self.head), cosine_momentum(pct, self.momentum))
     def metrics(self, pred, k1, k2): return dict(accuracy=partner_accuracy(pred[0], k2))
     def guards(self): return {'negatives': True, 'temperature': self.temp >= 0.01}

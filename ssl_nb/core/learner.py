@@ -151,7 +151,7 @@ def explain(
     why = f'What should keep samples apart and is not in place: {", ".join(missing)} ({there}).' if missing else f'Look for {_causes[kind]}.'
     return f'{_symptom[kind].format(**numbers)}. {why}'
 
-# %% ../../nbs/core/07_learner.ipynb #6f95045d
+# %% ../../nbs/core/07_learner.ipynb #17bd7dbe
 class CollapseMonitor(Callback):
     "After each epoch: spread and rank of held-out features, and a warning in words when they die"
     order,std,rank,z_std,diagnosis,cause = 44,None,None,None,None,None
@@ -177,7 +177,8 @@ class CollapseMonitor(Callback):
         h,_ = encode(self.method.encoder, self.dls.valid, self.n)
         self.std,self.rank = feature_std(h).item(),rankme(h).item()
         numbers = dict(std=self.std, rank=self.rank, dim=h.shape[1], z_std=self.z_std)
-        found,guards = diagnose(**numbers),self.method.guards()
+        early = self.epoch < min(5, self.n_epoch//4) # answers start close together, and move apart
+        found,guards = diagnose(**numbers | (dict(z_std=None) if early else {})),self.method.guards()
         if found and found != self.diagnosis: warnings.warn(explain(found, guards, **numbers))
         self.diagnosis,self.cause = found,[k for k,ok in guards.items() if not ok] if found else None
 
