@@ -132,7 +132,7 @@ def imports(path, mod):
 def allowed(mod, nb, other, other_nb, lazy):
     if layer(other, other_nb) != layer(mod, nb): return layer(other, other_nb) < layer(mod, nb)
     if mod.startswith('core.'): return other_nb.name < nb.name or lazy
-    return nb.parent==other_nb.parent and other_nb.name.startswith('01_')
+    return nb.parent==other_nb.parent and other_nb.name.startswith(('00_','01_'))
 
 
 def test_layers_import_only_downwards():
@@ -141,7 +141,7 @@ def test_layers_import_only_downwards():
     wrong = [f'{mod} imports {other}' for mod,(path,nb) in mods.items() for other,lazy in imports(path, mod)
              if other in mods and other!=mod and not allowed(mod, nb, other, mods[other][1], lazy)]
     assert not wrong, ('\n' + '\n'.join(sorted(set(wrong))) + '\nOrder: core.method > data, views, masks, encoders, heads > '
-                       'the rest of core > methods > transfer > tutorials, benchmarks; methods share only the first notebook of their family.')
+                       'the rest of core > methods > transfer > tutorials, benchmarks; methods share only the first notebooks (00, 01) of their family.')
 
 
 def test_no_star_import_in_the_package():

@@ -26,7 +26,7 @@ def epps_pulley(
     gap = (angle.cos().mean(-3)-phi)**2 + angle.sin().mean(-3)**2 # (...,M,knots)
     return x.shape[-2]*2*torch.trapezoid(gap*phi, t)
 
-# %% ../../nbs/contrastive/14_lejepa.ipynb #0f05223d
+# %% ../../nbs/contrastive/14_lejepa.ipynb #d28c7643
 def _full(z): return z if z.dtype==torch.float64 else z.float()
 
 def sigreg(
@@ -34,7 +34,7 @@ def sigreg(
     slices:int=256, # Random directions |A| (the released minimal code and algorithm 1; sec. 6.1 recommends 1024)
     knots:int=17, # Points of the quadrature (sec. 6.1)
     t_max:float=3., # The integral goes from -t_max to t_max
-    generator=None # Of the directions; by default the device's
+    generator=None # Random generator for the directions; by default the device's
 ): # Scalar
     "Sketched isotropic Gaussian regularisation: Epps-Pulley in random directions (Balestriero and LeCun 2025, sec. 4.2)"
     with torch.autocast(z.device.type, enabled=False):
@@ -42,12 +42,12 @@ def sigreg(
         a = torch.randn(z.shape[-1], slices, device=z.device, dtype=z.dtype, generator=generator)
         return epps_pulley(z @ F.normalize(a, dim=0), knots, t_max).mean()
 
-# %% ../../nbs/contrastive/14_lejepa.ipynb #f1034bb2
+# %% ../../nbs/contrastive/14_lejepa.ipynb #6f137797
 def lejepa_loss(
     zs, # V tensors (N,D), or one (V,N,D): projections of the views, not normalised
     lamb:float=0.05, # Weight of SIGReg, lambda (sec. 6.1)
     slices:int=256, # Random directions, the same for all views
-    generator=None # Of the directions; by default the device's
+    generator=None # Random generator for the directions; by default the device's
 ): # Scalar
     "Agreement of the views, and SIGReg of each (Balestriero and LeCun 2025, algorithm 2)"
     z = _full(zs if torch.is_tensor(zs) else torch.stack(list(zs)))

@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'prototype_scores', 'swav_loss', 'used', 'SwAV']
 
-# %% ../../nbs/contrastive/16_swav.ipynb #265a9699
+# %% ../../nbs/contrastive/16_swav.ipynb #6c28cabe
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 from ..core.heads import mlp
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/16_swav.ipynb #d4fcf14a
+# %% ../../nbs/contrastive/16_swav.ipynb #0d67418c
 @torch.no_grad()
 def sinkhorn(
     scores, # (N,K) scores of the samples for the prototypes
     eps:float=0.05, # Softness of the codes; this and `iters` are the authors' defaults
     iters:int=3 # Rounds; 0 leaves out the equal partition and is a plain softmax
-): # (N,K) codes; each row sums to 1, each column nearly to N/K
-    "Share the samples out equally among the prototypes (Caron et al. 2020, eq. 3 to 5), without gradient"
+): # (N,K) codes; each row sums to 1, each column approaches N/K with more rounds
+    "Split the samples among groups of equal size (Caron et al. 2020, eq. 3 to 5), without gradient"
     log_q = (scores if scores.dtype==torch.float64 else scores.float())/eps
     for _ in range(iters): log_q = (log_q - log_q.logsumexp(0, keepdim=True)).log_softmax(1)
     return log_q.softmax(1)
 
-# %% ../../nbs/contrastive/16_swav.ipynb #a55db600
+# %% ../../nbs/contrastive/16_swav.ipynb #e23e6dc6
 def prototype_scores(
     z, # (N,D) projections, not normalised
     prototypes # (K,D)
@@ -45,20 +46,20 @@ def swav_loss(
 ): # Scalar
     "Predict the code of each view from the other views (Caron et al. 2020, eq. 1, 2 and 6)"
     scores = [prototype_scores(z, prototypes) for z in (z1, z2, *small)]
-    codes = [sinkhorn(s, eps, iters) for s in scores[:2]]
-    log_p = [(s/temp).log_softmax(1) for s in scores]
+    codes = [sinkhorn(score, eps, iters) for score in scores[:2]]
+    log_p = [(score/temp).log_softmax(1) for score in scores]
     pairs = [-(q*p).sum(1).mean() for i,q in enumerate(codes) for j,p in enumerate(log_p) if i!=j]
     return sum(pairs)/len(pairs)
 
-# %% ../../nbs/contrastive/16_swav.ipynb #13ed56a3
+# %% ../../nbs/contrastive/16_swav.ipynb #eb097305
 def used(
     scores # (N,K)
 ): # Scalar from 1 to K
-    "How many prototypes are the nearest of some sample? The exponential of the entropy of their shares"
+    "Effective number of prototypes that are nearest to some sample: the exponential of the entropy of their shares"
     share = F.one_hot(scores.argmax(1), scores.shape[1]).float().mean(0)
     return torch.special.entr(share).sum().exp()
 
-# %% ../../nbs/contrastive/16_swav.ipynb #97e90cea
+# %% ../../nbs/contrastive/16_swav.ipynb #f3bbc84d
 class SwAV(JointEmbedding):
     "Predict the group of one view from the other, where the groups of a batch have equal size (Caron et al. 2020)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -67,7 +68,7 @@ class SwAV(JointEmbedding):
         views, # Makes one random view of a batch; see `core.views`
         prototypes:int=64, # How many groups; fewer than samples in a batch
         temp:float=0.1, # Temperature of the predictions
-        eps:float=0.02, # Softness of the codes; the paper's 0.05 learns too slowly on small data
+        eps:float=0.02, # Softness of the codes; the paper has 0.05
         iters:int=3, # Rounds of Sinkhorn's algorithm; 0 takes out the equal partition
         hidden:int=None, # Width of the projection's hidden layer; by default that of the features
         dim:int=128, # Length of the projection
@@ -89,9 +90,17 @@ class SwAV(JointEmbedding):
     @torch.no_grad()
     def update(self, pct): self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
 
-    def codes(self, z): return sinkhorn(prototype_scores(z, self.prototypes), self.eps, self.iters)
-    def answers(self, pred): return self.codes(pred[0])
-    def metrics(self, pred):
-        scores = prototype_scores(pred[0], self.prototypes)
-        return dict(accuracy=(scores.argmax(1)==self.codes(pred[1]).argmax(1)).float().mean(), used=used(scores))
-    def guards(self): return {'equal partition': self.iters>0}
+# %% ../../nbs/contrastive/16_swav.ipynb #89cac680
+@patch
+def codes(self:SwAV, z): return sinkhorn(prototype_scores(z, self.prototypes), self.eps, self.iters)
+
+@patch
+def answers(self:SwAV, pred): return self.codes(pred[0])
+
+@patch
+def guards(self:SwAV): return {'equal partition': self.iters>0}
+
+@patch
+def metrics(self:SwAV, pred):
+    scores = prototype_scores(pred[0], self.prototypes)
+    return dict(accuracy=(scores.argmax(1)==self.codes(pred[1]).argmax(1)).float().mean(), used=used(scores))
