@@ -13,15 +13,15 @@ from ..core.heads import cosine_momentum, ema_copy, ema_update, mlp
 from .infonce import partner_accuracy, _full
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/09_byol.ipynb #bb745668
+# %% ../../nbs/contrastive/09_byol.ipynb #af6663cb
 def byol_loss(
     p, # (N,D) predictions, not normalised
-    z, # (N,D) what the target says, not normalised; pass it without gradient
+    z, # (N,D) the target's projections, not normalised; pass them without gradient
 ): # Scalar from 0 to 4
     "Squared distance of prediction and target on the sphere: 2 - 2 cos (Grill et al. 2020, eq. 2)"
     return 2 - 2*F.cosine_similarity(*_full(p, z), dim=1).mean()
 
-# %% ../../nbs/contrastive/09_byol.ipynb #d975fd61
+# %% ../../nbs/contrastive/09_byol.ipynb #65012f90
 class BYOL(JointEmbedding):
     "Predict what a slow copy of the network says of the other view (Grill et al. 2020)"
     recipe = dict(epochs=20, batch_size=128, lr=2e-3, wd=0.05)
@@ -29,8 +29,8 @@ class BYOL(JointEmbedding):
         encoder, # Turns a batch into features
         views, # Makes one random view of a batch; see `core.views`
         momentum:float=0.9, # The target's share of itself at the start; 0 copies the network; the paper has 0.996 for 1,000 epochs (sec. 3.3)
-        predictor:bool=True, # Without it the answers collapse
-        output_norm:bool=True, # Batch normalisation of the projection; the paper has none, and more time
+        predictor:bool=True, # Without it the predictions collapse if the projection is not normalised
+        output_norm:bool=True, # Batch normalisation of the projection, which alone prevents a collapse in a short training; the paper has none
         hidden:int=None, # Width of the hidden layers of head and predictor; by default that of the features (sec. 3.3: 4,096)
         dim:int=128 # Length of the projection (sec. 3.3: 256)
     ):

@@ -128,7 +128,7 @@ def show_neighbours(
     q = torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[:queries].to(h.device)
     return show_rows({f'{i}': x[torch.cat([q[i:i+1], ids])] for i,ids in enumerate(nearest_ids(h, q, k))}, k+1)
 
-# %% ../../nbs/core/09_plot.ipynb #acc3115a
+# %% ../../nbs/core/09_plot.ipynb #5bfeb766
 def code_lines(
     thing, # A function, or a `Method` class: its pretext, forward, loss and update
 )->list: # Lines of code
@@ -140,7 +140,7 @@ def code_lines(
     src = re.sub(r'^ *"[^"\n]*"\n', '', re.sub(r' +# .*', '', src), flags=re.M)
     head,rest = re.match(r'(?s)(?:@[^\n]*\n)?(def .*?\)(?: *->[^:\n]*)?:)(?=[ \n])(.*)', src).groups()
     head = re.sub(r'\(\s+', '(', re.sub(r'\s+\)', ')', re.sub(r'\s*\n\s*', ' ', head)))
-    return [l for l in (head+rest).split('\n') if l.strip()]
+    return [l for l in (re.sub(r'\bself:\w+', 'self', head)+rest).split('\n') if l.strip()]
 
 def show_diff(
     old, new, # Functions, or `Method` classes
