@@ -22,15 +22,15 @@ def neg_cosine(
     "Negative cosine of prediction and target; no gradient flows into the target (Chen and He 2021, eq. 1 and alg. 1)"
     return -F.cosine_similarity(*_full(p, z.detach() if stop_gradient else z), dim=1).mean()
 
-# %% ../../nbs/contrastive/10_simsiam.ipynb #391445ce
+# %% ../../nbs/contrastive/10_simsiam.ipynb #8d5ae4d7
 class SimSiam(JointEmbedding):
     "Predict the network's own vector of the other view; no gradient through the target (Chen and He 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=2e-3, wd=0.05)
     def __init__(self,
         encoder, # Turns a batch into features
         views, # Makes one random view of a batch; see `core.views`
-        stop_gradient:bool=True, # Without it the answers collapse (sec. 4.1)
-        predictor:bool=True, # Without it the answers collapse (sec. 4.2)
+        stop_gradient:bool=True, # No gradient through the target (sec. 4.1)
+        predictor:bool=True, # A small network between projection and prediction (sec. 4.2)
         output_norm:bool=True, # Batch normalisation of the projection (sec. 4.4)
         layers:int=2, # Linear layers of the head: 3 in the paper, 2 on CIFAR-10 (app. D)
         hidden:int=None, # Width of the predictor's hidden layer; by default that of the features (sec. 3: 512)
