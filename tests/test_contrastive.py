@@ -88,3 +88,4 @@ def test_comparison_goes_on_where_it_stopped(tmp_path):
     assert [(r['method'], r['knn 10']==-1.0) for r in again['runs']] == [('simclr', True), ('byol', False)]
     assert json.loads(file.read_text())['config'] == cfg
     with pytest.raises(ValueError, match='simclr'): compare(cfg, ['simclrr'], 1, tmp_path)
+    with pytest.raises(ValueError, match='another configuration'): compare(cfg | dict(lr=1e-3), ['byol'], 1, tmp_path)

@@ -121,7 +121,7 @@ def machine(device):
     "The processor, in words"
     return torch.cuda.get_device_name() if device.startswith('cuda') else f'{os.cpu_count()} CPU cores, {platform.machine()}'
 
-# %% ../../nbs/benchmarks/01_contrastive.ipynb #e7f6e727
+# %% ../../nbs/benchmarks/01_contrastive.ipynb #e53a4aa7
 def _save(file, out):
     tmp = file.with_suffix('.tmp')
     tmp.write_text(json.dumps(out, indent=1))
@@ -151,6 +151,7 @@ def compare(
     for m in methods: variant(m) # an unknown name is told before anything runs
     file.parent.mkdir(parents=True, exist_ok=True)
     out = json.loads(file.read_text()) if file.exists() else dict(config=cfg, machine=machine(cfg['device']), torch=torch.__version__, raw=_raw(cfg), runs=[])
+    if out['config'] != cfg: raise ValueError(f'{file} holds runs of another configuration, {out["config"]}; choose another --name or --folder')
     done = {(r['method'],r['seed']) for r in out['runs']}
     jobs = [(m,s) for s in range(seeds) for m in methods if (m,s) not in done]
     workers = workers or (os.cpu_count() if cfg['device']=='cpu' else 1)
