@@ -34,7 +34,7 @@ def barlow_loss(
     on = c.diagonal()
     return (on-1).pow(2).sum() + lambd*(c.pow(2).sum() - on.pow(2).sum())
 
-# %% ../../nbs/contrastive/11_barlow.ipynb #6de066d9
+# %% ../../nbs/contrastive/11_barlow.ipynb #6b453d67
 class BarlowTwins(JointEmbedding):
     "Features that agree across views and are not redundant (Zbontar et al. 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=2e-3, wd=0.05)
@@ -49,6 +49,5 @@ class BarlowTwins(JointEmbedding):
         self.lambd,hidden = lambd,hidden or 2*encoder.num_features
         self.head = mlp((encoder.num_features, hidden, hidden, dim or hidden), bias=False)
 
-    def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
     def loss(self, pred): return barlow_loss(*pred, self.lambd)
     def guards(self): return {'standardisation': True, 'covariance term': self.lambd > 0}

@@ -34,7 +34,7 @@ def pair_weights(
     "Less weight for pairs that agree already (Yeh et al. 2022, DCLW)"
     return 2 - len(pair)*(pair.detach()/sigma).softmax(0)
 
-# %% ../../nbs/contrastive/05_dcl.ipynb #834b7bc9
+# %% ../../nbs/contrastive/05_dcl.ipynb #7f475d8c
 class DCL(JointEmbedding):
     "SimCLR without the partner in the denominator; with `sigma`, pairs are weighted (Yeh et al. 2022)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -50,7 +50,6 @@ class DCL(JointEmbedding):
         self.temp,self.sigma = temp,sigma
         self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim))
 
-    def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
     def loss(self, pred): return dcl_loss(*pred, self.temp, self.sigma)
     def metrics(self, pred): return dict(accuracy=partner_accuracy(*pred))
     def guards(self): return {'negatives': True, 'temperature': self.temp >= 0.01}

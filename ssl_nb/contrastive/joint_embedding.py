@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['JointEmbedding']
 
-# %% ../../nbs/contrastive/00_joint_embedding.ipynb #ba2ac714
+# %% ../../nbs/contrastive/00_joint_embedding.ipynb #f47fbc2f
+import torch
 from ..core.method import Method
 from ..core.views import default_views
 
-# %% ../../nbs/contrastive/00_joint_embedding.ipynb #39836152
+# %% ../../nbs/contrastive/00_joint_embedding.ipynb #d8aee824
 class JointEmbedding(Method):
     "Two random views of each sample should agree; a method says how, and what keeps different samples apart"
     min_batch = 2
@@ -25,6 +26,7 @@ class JointEmbedding(Method):
     def for_data(cls, encoder, dls, **kwargs): return cls(encoder, **{'views': default_views(dls.info)} | kwargs)
 
     def pretext(self, x): return (self.views(x), self.views(x)), ()
+    def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
     def answers(self, pred): return pred[0]
     def show(self, x, inputs, targets):
         rows = {'clean': x[0]} | {f'view {i+1}': v for i,v in enumerate(inputs)}

@@ -23,7 +23,7 @@ def nt_xent(
     own = torch.arange(len(z), device=z.device)
     return (crowd(z, z, temp, skip=own) - (z*z.roll(len(z1), 0)).sum(1)/temp).mean()
 
-# %% ../../nbs/contrastive/02_simclr.ipynb #96ee9140
+# %% ../../nbs/contrastive/02_simclr.ipynb #14dd0ea6
 class SimCLR(JointEmbedding):
     "Two views of a picture must find each other among all views of the batch (Chen et al. 2020)"
     recipe = dict(epochs=30, batch_size=128, lr=5e-3, wd=0.05)
@@ -38,7 +38,6 @@ class SimCLR(JointEmbedding):
         self.temp = temp
         self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim))
 
-    def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
     def loss(self, pred): return nt_xent(*pred, self.temp)
     def metrics(self, pred): return dict(accuracy=partner_accuracy(*pred))
     def guards(self): return {'negatives': True, 'temperature': self.temp >= 0.01}

@@ -43,7 +43,7 @@ def class_accuracy(
     z = F.normalize(z, dim=1)
     return (y[(z @ z.T).fill_diagonal_(float('-inf')).argmax(1)]==y).float().mean()
 
-# %% ../../nbs/contrastive/07_supcon.ipynb #2a840019
+# %% ../../nbs/contrastive/07_supcon.ipynb #57a17f3f
 class SupCon(JointEmbedding):
     "All views of a class must find each other: SimCLR with labels, the supervised bound (Khosla et al. 2020)"
     uses_labels = True
@@ -60,7 +60,6 @@ class SupCon(JointEmbedding):
         self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim))
 
     def pretext(self, x, y): return (self.views(x), self.views(x)), (own_class(y),)
-    def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
     def loss(self, pred, y): return supcon_loss(torch.cat(pred), y.repeat(2), self.temp)
     def metrics(self, pred, y): return dict(accuracy=class_accuracy(torch.cat(pred), y.repeat(2)))
     def guards(self): return {'negatives': True, 'temperature': self.temp >= 0.01}

@@ -42,7 +42,7 @@ def vicreg_loss(
     s,v,c = vicreg_terms(z1, z2)
     return sim*s + var*v + cov*c
 
-# %% ../../nbs/contrastive/12_vicreg.ipynb #33774ce8
+# %% ../../nbs/contrastive/12_vicreg.ipynb #24effb1d
 class VICReg(JointEmbedding):
     "Views agree, each feature varies, no two features say the same (Bardes et al. 2022)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -59,7 +59,6 @@ class VICReg(JointEmbedding):
         self.weights,hidden = (sim, var, cov),hidden or 2*encoder.num_features
         self.head = mlp((encoder.num_features, hidden, hidden, dim or hidden), partial(nn.BatchNorm1d, track_running_stats=False), bias=False)
 
-    def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
     def loss(self, pred): return vicreg_loss(*pred, *self.weights)
     def answers(self, pred):
         z = pred[0].float() - pred[0].float().mean(0)

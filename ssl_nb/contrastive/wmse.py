@@ -53,7 +53,7 @@ def wmse_loss(
         total = total + 2 - 2*(z1*z2).sum(-1).mean()
     return total/iters
 
-# %% ../../nbs/contrastive/13_wmse.ipynb #276cd261
+# %% ../../nbs/contrastive/13_wmse.ipynb #18df60ba
 class WMSE(JointEmbedding):
     "Views agree after the batch has been whitened (Ermolov et al. 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -75,7 +75,6 @@ class WMSE(JointEmbedding):
     @classmethod
     def for_data(cls, encoder, dls, **kwargs): return super().for_data(encoder, dls, **{'dim': max(1, min(64, dls.train.bs//4))} | kwargs)
 
-    def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
     def loss(self, pred):
         if not self.whitening: return 2 - 2*F.cosine_similarity(*pred).mean()
         fixed = None if self.training else torch.Generator(pred[0].device).manual_seed(0)
