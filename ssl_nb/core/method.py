@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from fastai.callback.core import event
 
-# %% ../../nbs/core/01_method.ipynb #ca23756f
+# %% ../../nbs/core/01_method.ipynb #ecb9f33e
 class Method(nn.Module):
     "A self-supervised method: it turns an unlabelled batch into a supervised problem"
-    modality = 'image'            # which kind of data it asks about: 'image', 'text', or 'pairs' of them
+    modality = 'image'            # which kind of data it asks about: 'image', 'text', 'video', or 'pairs' of image and text
     default_encoder = 'small_cnn' # used where none is named; see `core.encoders`
+    default_data = None           # data that comes with the library, used where none is named; by default that of the modality
     min_batch = 1                 # the smallest batch for which the loss has a meaning
     uses_labels = False           # hand the labels to `pretext` as well? Only a supervised bound needs them
     recipe = dict(epochs=50, batch_size=256, lr=2e-3, wd=0.05) # for the embedded data on a laptop
@@ -164,24 +165,30 @@ def check_method(
     _check_state(method, inputs, targets)
     _check_learns(method, inputs, targets, lr)
 
-# %% ../../nbs/core/01_method.ipynb #bef44054
-import importlib, pkgutil, difflib, warnings
+# %% ../../nbs/core/01_method.ipynb #b55abff9
+import importlib, pkgutil, difflib, re, warnings
 
-# %% ../../nbs/core/01_method.ipynb #08084696
+# %% ../../nbs/core/01_method.ipynb #3a447fb1
 _not_methods = {'core','transfer','tutorials','benchmarks'}
+
+def _methods_of(mod):
+    "The methods that a module defines, by name: its own name if there is one, else those of the classes"
+    classes = [c for c in vars(mod).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__==mod.__name__ and c.loss is not Method.loss]
+    own = mod.__name__.split('.')[-1]
+    if len(classes)==1: return {own: classes[0]}
+    return {re.sub(r'(?<=[a-z])(?=[A-Z])', '_', c.__name__).lower(): c for c in classes}
 
 def find_methods(
     package:str='ssl_nb' # Package to walk
-)->dict: # Module name ('simclr') -> class
-    "All methods of the package, by the name of their module"
+)->dict: # Name ('simclr') -> class
+    "All methods of the package, by the name of their notebook, or of their class where a notebook has several"
     pkg,found = importlib.import_module(package),{}
     for m in pkgutil.walk_packages(pkg.__path__, package+'.'):
         parts = m.name.split('.')
         if m.ispkg or len(parts)<3 or parts[1] in _not_methods: continue
         try: mod = importlib.import_module(m.name)
         except Exception as e: warnings.warn(f'{m.name} could not be imported: {type(e).__name__}: {e}'); continue
-        for c in vars(mod).values():
-            if isinstance(c, type) and issubclass(c, Method) and c.__module__==m.name and c.loss is not Method.loss: found.setdefault(parts[-1], c)
+        found |= _methods_of(mod)
     return found
 
 # %% ../../nbs/core/01_method.ipynb #6628877b
