@@ -8,12 +8,13 @@ __all__ = ['parser', 'main']
 # %% ../../nbs/core/10_cli.ipynb #2fb6df97
 import argparse, sys
 
-# %% ../../nbs/core/10_cli.ipynb #f7d20ca0
+# %% ../../nbs/core/10_cli.ipynb #723e7909
 def parser()->argparse.ArgumentParser:
     "The arguments of `ssl_nb`"
     p = argparse.ArgumentParser('ssl_nb', description='Self-supervised learning: pre-train on unlabelled data, report honestly, use the encoder.')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     _pretrain_args(sub.add_parser('pretrain', help='train a method on unlabelled data, and report what was learned'))
+    _compare_args(sub.add_parser('compare', help='which method for my data? Try them all briefly, and rank them'))
     sub.add_parser('methods', help='list the methods')
     r = sub.add_parser('report', help='report on the encoder of a finished run')
     r.add_argument('run', help='folder of the run')
@@ -27,10 +28,10 @@ def parser()->argparse.ArgumentParser:
     d.add_argument('--readme', action='store_true', help='write README.md from nbs/index.ipynb instead')
     return p
 
-# %% ../../nbs/core/10_cli.ipynb #a5cac5e1
+# %% ../../nbs/core/10_cli.ipynb #af3b2356
 def _pretrain_args(p):
     p.add_argument('method', metavar='METHOD', help='name of a method: see `ssl_nb methods`')
-    p.add_argument('--data', metavar='DIR', help='folder of images or texts, CSV file, digits or pydoc (default: digits for images, pydoc for text)')
+    p.add_argument('--data', metavar='DIR', help='folder of images or texts, CSV file, or a name such as digits (default: what comes with the library)')
     p.add_argument('--encoder', metavar='TIMM_NAME', help='small_cnn, small_vit, or any timm model')
     p.add_argument('--epochs', type=int, help="default: the method's recipe")
     p.add_argument('--batch-size', type=int)
@@ -42,10 +43,29 @@ def _pretrain_args(p):
     p.add_argument('--save-seconds', type=float, default=5., help='seconds between two checkpoints (default: 5)')
     p.add_argument('--resume', action='store_true', help='go on with the run in --out')
 
-# %% ../../nbs/core/10_cli.ipynb #a1f19583
+# %% ../../nbs/core/10_cli.ipynb #35638748
+def _compare_args(p):
+    p.add_argument('--data', metavar='DIR', help='folder of images or texts, CSV file, or a name such as digits (default: digits)')
+    p.add_argument('--methods', help='names with commas between (default: all that fit the data)')
+    p.add_argument('--encoder', metavar='TIMM_NAME', help="default: each method's own")
+    p.add_argument('--epochs', type=int, default=10, help='of each method (default: 10)')
+    p.add_argument('--samples', type=int, default=1000, help='at most so many of each split (default: 1000)')
+    p.add_argument('--batch-size', type=int, default=128)
+    p.add_argument('--size', type=int, help='side of the images in pixels (default: from the data)')
+    p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--workers', type=int, help='methods at once (default: as many as cores on a CPU, one on a GPU)')
+    p.add_argument('--out', metavar='DIR', help='folder of the results; the same command goes on there (default: runs/compare-NAME)')
+
+# %% ../../nbs/core/10_cli.ipynb #62e284e8
 def _pretrain(a):
     from ssl_nb.core.run import pretrain
     pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, encoder=a.encoder, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, size=a.size, device=a.device, seed=a.seed)
+
+def _compare(a):
+    from ssl_nb.core.compare import compare_folder
+    methods = a.methods and [m.strip() for m in a.methods.split(',') if m.strip()]
+    compare_folder(a.data, methods, a.out, a.workers, encoder=a.encoder, epochs=a.epochs, batch_size=a.batch_size, samples=a.samples, size=a.size, device=a.device, seed=a.seed)
 
 def _methods(a):
     from ssl_nb.core.method import find_methods
@@ -63,13 +83,13 @@ def _docs(a):
     from ssl_nb.core.docs import build_docs, make_readme
     print(make_readme() if a.readme else build_docs(a.out))
 
-# %% ../../nbs/core/10_cli.ipynb #7a061cdb
+# %% ../../nbs/core/10_cli.ipynb #3d5e0c7d
 def main(
     args=None # List of str; by default those of the process
 )->int: # Exit code
     "Run a command of `ssl_nb`"
     a = parser().parse_args(args)
-    try: dict(pretrain=_pretrain, methods=_methods, report=_report, embed=_embed, docs=_docs)[a.command](a)
+    try: dict(pretrain=_pretrain, compare=_compare, methods=_methods, report=_report, embed=_embed, docs=_docs)[a.command](a)
     except (ValueError, OSError, FloatingPointError) as e:
         print(f'ssl_nb: {str(e).split(chr(10))[-1].strip() if "Exception occured" in str(e) else e}', file=sys.stderr)
         return 2

@@ -78,7 +78,7 @@ def __iter__(self:ResidentDL):
         j = idx[i*self.bs:(i+1)*self.bs]
         yield self.after_batch((*(to_unit(x.index_select(0, j)) for x in self.xs), self.y.index_select(0, j)))
 
-# %% ../../nbs/core/02_data.ipynb #efe87cd9
+# %% ../../nbs/core/02_data.ipynb #280ae109
 @patch
 def to(self:ResidentDL, device):
     self.device = device
@@ -86,8 +86,21 @@ def to(self:ResidentDL, device):
 
 @patch
 def new(self:ResidentDL, dataset=None, cls=None, **kwargs):
-    new = ResidentDL(*self.xs, y=self.y.cpu(), **{**dict(bs=self.bs, shuffle=self.shuffle, drop_last=self.drop_last, device=self.device, seed=self.seed), **kwargs})
-    return _copy_extras(self, new)
+    return _copy_extras(self, self._but(self.xs, self.y, **kwargs))
+
+@patch
+def take(self:ResidentDL,
+    idx # Indices of samples, or a mask (N,)
+): # A loader like this one
+    "A loader of some of the samples"
+    new,idx = self._but(tuple(x[idx] for x in self.xs), self.y[idx]),torch.arange(self.n, device=self.device)[idx]
+    if 'info' in vars(self): new.info = self.info
+    if 'files' in vars(self): new.files = [self.files[i] for i in idx.tolist()]
+    return new
+
+@patch
+def _but(self:ResidentDL, xs, y, **kwargs):
+    return ResidentDL(*xs, y=y.cpu(), **{**dict(bs=self.bs, shuffle=self.shuffle, drop_last=self.drop_last, device=self.device, seed=self.seed), **kwargs})
 
 @patch
 def one_batch(self:ResidentDL):
