@@ -49,20 +49,22 @@ def view_agreement(
     z1,z2 = [h/h.norm(dim=1, keepdim=True).clamp(min=1e-8) for h in (h1.float(), h2.float())]
     return ((z1@z2.T).argmax(1)==torch.arange(len(z1), device=z1.device)).float().mean().item()
 
-# %% ../../nbs/core/10_compare.ipynb #7a9b96bb
+# %% ../../nbs/core/10_compare.ipynb #9e32a4cd
 def few_label_score(
     h, # (N,D) features
     y, # (N,) labels, -1 unknown
-    draws:int=10, n:int=10
-): # (mean, std) in percent, or None where fewer than two classes have ten labels
+    draws:int=10, # Random divisions
+    n:int=10, # Labels a class to learn from; half of them where there are fewer than 2n
+    least:int=6 # Classes with fewer labels are not looked at
+): # (mean, std) in percent, or None where fewer than two classes have so many labels
     "Accuracy of a linear probe learned from at most `n` labels a class and asked about the other labelled samples"
     y = y.cpu().clone()
     classes,count = y[y>=0].unique(return_counts=True)
-    y[~torch.isin(y, classes[count>=10])] = -1
-    if (count>=10).sum()<2: return None
+    y[~torch.isin(y, classes[count>=least])] = -1
+    if (count>=least).sum()<2: return None
     h,y,accs = h.cpu()[y>=0],y[y>=0],[]
     for seed in range(draws):
-        idx = torch.from_numpy(draw_labels(y, min(n, int(count[count>=10].min())//2), seed))
+        idx = torch.from_numpy(draw_labels(y, min(n, int(count[count>=least].min())//2), seed))
         rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, idx, False)
         accs.append(few_label_accuracy(h[idx], y[idx], h[rest], y[rest], labels=(None,))['probe',None][0])
     return float(np.mean(accs)),float(np.std(accs))
@@ -298,7 +300,7 @@ def figure(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/core/10_compare.ipynb #71c2bce9
+# %% ../../nbs/core/10_compare.ipynb #c14f123e
 def close_calls(
     t # From `ranking`, with a probe
 )->list: # Names
@@ -315,7 +317,7 @@ def advice(
         near,best_ref = close_calls(t),max((r for r in results['runs'] if r['method'] in references), key=lambda r: r.get('probe', 0))
         lines.append(f'{t.index[0]} comes first' + (f'; within the spread of the draws: {", ".join(near[1:])}.' if near[1:] else ', beyond the spread of the draws.'))
         if best_ref['probe'] >= t.probe.iloc[0]: lines.append(f'The {best_ref["method"]} is ahead of all ({best_ref["probe"]:.1f}): train longer, on more samples, or on larger pictures.')
-    else: lines.append(f'No class pair with ten labels each, so the order is by {" and ".join(label_free)}. {_trust()} {t.index[0]} comes first.')
+    else: lines.append(f'Fewer than two classes have ten labels, so the order is by {" and ".join(label_free)}. {_trust()} {t.index[0]} comes first.')
     left = {r['method']: r['error'] for r in results['runs'] if 'error' in r}
     lines += [f'Left out: {k}: {v}' for k,v in left.items()]
     lines.append(f'Next: ssl_nb pretrain {t.index[0]}' + (f' --data {cfg["data"]}' if cfg['data'] not in ('digits','pydoc') else '') + '; its report is on samples that were used for no choice.')
