@@ -301,7 +301,7 @@ def precision_cbs(
     fast = device.type=='cuda' and torch.cuda.get_device_capability(device)[0] >= 8
     return [MixedPrecision('bf16')] if fast else []
 
-# %% ../../nbs/core/07_learner.ipynb #fef024d3
+# %% ../../nbs/core/07_learner.ipynb #23725dfd
 def ssl_learner(
     dls, # DataLoaders with batches (*x, y)
     method, # A `Method`
@@ -320,5 +320,6 @@ def ssl_learner(
     wd = recipe['wd'] if wd is None else wd
     watch = [CollapseMonitor(every=every), OnlineKNN(every=every)] if every else []
     wds = [wd if g[0].ndim>1 else 0. for g in decay_groups(method)]
+    if 'moms' in recipe: kwargs = dict(moms=recipe['moms']) | kwargs
     return Learner(dls, method, loss_func=glue.loss_func, opt_func=opt, splitter=decay_groups, lr=lr or recipe['lr'], wd=wds,
                    cbs=[glue, EpochSeed(seed), Throughput(), NanGuard(), HistoryLog(path), *watch, *precision_cbs(device), *(cbs or [])], **kwargs)
