@@ -28,15 +28,15 @@ def reparameterize(
     "The same noise at the right place and of the right size (Kingma and Welling 2014, sec. 2.4)"
     return mu + (0.5*logvar).exp()*eps
 
-# %% ../../nbs/autoencoders/04_vae.ipynb #a8e8c13a
+# %% ../../nbs/autoencoders/04_vae.ipynb #08c678dc
 def normal_log_likelihood(
     x, pred, # Pictures (B,...) and the means that were painted of them
-    sigma # Standard deviation of every pixel, in units of brightness
+    sigma # Standard deviation of every pixel, in units of brightness: a number, or a scalar tensor
 ): # Scalar, in nats: summed over pixels, mean over the batch
     "Log density of pictures under N(pred, sigma^2 I)"
     if x.shape != pred.shape: raise ValueError(f'x and pred must have the same shape, got {tuple(x.shape)} and {tuple(pred.shape)}')
-    const = math.log(sigma) + 0.5*math.log(2*math.pi)
-    return -(0.5*((x-pred)/sigma).pow(2) + const).flatten(1).sum(1).mean()
+    log = torch.log if torch.is_tensor(sigma) else math.log
+    return -(0.5*((x-pred)/sigma).pow(2) + log(sigma) + 0.5*math.log(2*math.pi)).flatten(1).sum(1).mean()
 
 def elbo(
     x, # Pictures (B,...)
@@ -48,10 +48,10 @@ def elbo(
     "One draw's estimate of E log p(x|z) - beta KL(q(z|x) || p(z)) (Kingma and Welling 2014, eq. 3)"
     return normal_log_likelihood(x, pred, sigma) - beta*kl_normal(mu, logvar)
 
-# %% ../../nbs/autoencoders/04_vae.ipynb #fcfae264
+# %% ../../nbs/autoencoders/04_vae.ipynb #083a9f19
 class VAE(Reconstruction):
     "Paint a picture from a noisy code, and pay for what the code says (Kingma and Welling 2014)"
-    recipe = dict(epochs=30, batch_size=32, lr=5e-3, wd=0.)
+    recipe = dict(epochs=30, batch_size=32, lr=1e-2, wd=0.)
     def __init__(self,
         encoder, # Turns images into features
         decoder, # Paints images (B,C,H,W) from codes (B,latent); see `core.heads.Decoder`
@@ -79,7 +79,7 @@ class VAE(Reconstruction):
 # %% ../../nbs/autoencoders/04_vae.ipynb #bc7a61d4
 from fastcore.basics import patch
 
-# %% ../../nbs/autoencoders/04_vae.ipynb #478ff71e
+# %% ../../nbs/autoencoders/04_vae.ipynb #504645b2
 @patch
 @torch.no_grad()
 def sample(self:VAE,
@@ -96,11 +96,11 @@ def metrics(self:VAE, pred, x):
     x_hat,mu,logvar = pred
     return dict(mse=(x_hat.float()-x).pow(2).mean(), kl=kl_normal(mu, logvar))
 @patch
-def answers(self:VAE, pred): return pred[0].flatten(1)
+def answers(self:VAE, pred): return torch.cat([pred[1], (0.5*pred[2]).exp()], 1)
 @patch
 def guards(self:VAE): return {'beta of at most 1': self.beta<=1}
 @patch
 def show(self:VAE, x, inputs, targets):
     side = math.ceil(self.latent**0.5)
     noise = nn.functional.pad(inputs[1], (0, side**2-self.latent)).view(-1, 1, side, side)
-    return {'clean': x[0], 'noise': 0.5+noise/6, 'painted': self.eval()(*inputs)[0]}
+    return {'clean': x[0], 'noise': 0.5+noise/6}

@@ -205,7 +205,7 @@ def _row(encoder, train, test, info, labels, x, views, seed, protocol):
     cols = {f'{m} {n or "all"}': (mean, np.nan if n is None else std) for (m,n),(mean,std) in sorted(acc.items(), key=lambda o: o[0][0])}
     return {c: v[0] for c,v in cols.items()} | label_free(encoder, th, x, views, raw, seed),{c: v[1] for c,v in cols.items()}
 
-# %% ../../nbs/core/08_evaluate.ipynb #506800d0
+# %% ../../nbs/core/08_evaluate.ipynb #80f8bb03
 def report(
     encoder, # The encoder, never a method
     dls, # DataLoaders; the test split is used if there is one
@@ -220,7 +220,7 @@ def report(
     train,test,views = labelled(dls.train.new(shuffle=False, drop_last=False)),getattr(dls, part),views or default_views(info)
     if not info.classes or not any((b[-1]>=0).any() for b in test): labels,supervised = (),0
     rows = {'raw input': None, 'random encoder': fit_batchnorm(random_copy(encoder), dls.train.new()), 'this encoder': encoder.eval()}
-    if supervised: rows['supervised'] = train_supervised(encoder, dls, supervised, views=views if info.modality=='image' else None, seed=seed)
+    if supervised: rows['supervised'] = train_supervised(encoder, dls, supervised, views=views if info.modality!='text' else None, seed=seed)
     x = torch.cat([b[0] for b,_ in zip(test, range(1+1000//test.bs))])[:1000]
     done = {name: _row(enc, train, test, info, labels, x, views, seed, dict(draws=draws, k=k, temp=temp, C=C)) for name,enc in rows.items()}
     table = pd.DataFrame({name: values for name,(values,_) in done.items()}).T

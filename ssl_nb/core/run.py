@@ -6,7 +6,7 @@
 __all__ = ['named_data', 'pick_device', 'default_data', 'get_dls', 'run_folder', 'run_config', 'build', 'pretrain', 'load_run',
            'report_run', 'embed']
 
-# %% ../../nbs/core/09_run.ipynb #6e4f02de
+# %% ../../nbs/core/09_run.ipynb #cb51382a
 import json, os, platform
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +20,7 @@ from .learner import Checkpoint, seed_everything, ssl_learner
 from .measures import encode
 from .method import get_method
 from .plot import plot_embedding, plot_training, show_pretext
+from .video import bouncing_digits_dls, video_dl, video_dls
 from . import text
 
 # %% ../../nbs/core/09_run.ipynb #7d52b573
@@ -34,20 +35,21 @@ def pick_device(
     if not there[kind]: raise ValueError(f'device {device!r} is not available here; use {", ".join(d for d,ok in there.items() if ok)}')
     return device
 
-# %% ../../nbs/core/09_run.ipynb #c8fb74e7
-named_data = {'digits': ('image', digits_dls), 'photos': ('image', photos_dls), 'pydoc': ('text', text.pydoc_dls)} # name -> (modality, how to make it)
+# %% ../../nbs/core/09_run.ipynb #64a865fc
+named_data = {'digits': ('image', digits_dls), 'photos': ('image', photos_dls), 'pydoc': ('text', text.pydoc_dls),
+              'bouncing': ('video', bouncing_digits_dls)} # name -> (modality, how to make it)
 
 def default_data(
-    modality:str # 'image' or 'text'
+    modality:str # 'image', 'text' or 'video'
 )->str: # Name
     "The data that comes with the library: the first of its kind"
     return next((k for k,(kind,_) in named_data.items() if kind==modality), 'digits')
 
-# %% ../../nbs/core/09_run.ipynb #5a4cfd15
+# %% ../../nbs/core/09_run.ipynb #bd9f3d41
 def get_dls(
     data, # A name of `named_data`, or a path; None takes what comes with the library
-    modality:str='image', # 'image' or 'text'
-    size:int=None, # Side of images in pixels
+    modality:str='image', # 'image', 'text' or 'video'
+    size:int=None, # Side of images or frames in pixels
     tokenizer=None, # JSON file of a tokenizer, for text
     **kwargs # bs, device, seed
 ): # DataLoaders
@@ -56,9 +58,10 @@ def get_dls(
     if data in named_data:
         kind,make = named_data[data]
         if kind != modality: raise ValueError(f'{data!r} is {kind}, but this method asks about {modality}; use {default_data(modality)!r} or a path')
-        return make(**kwargs)
+        return make(**kwargs, **({'size': size} if size and kind=='video' else {}))
     if not Path(data).expanduser().exists(): raise FileNotFoundError(f'no data at {data!r}: give {default_data(modality)!r}, or a folder or file that exists')
-    return image_dls(data, size=size, **kwargs) if modality=='image' else text.text_dls(data, tokenizer=tokenizer, **kwargs)
+    if modality=='text': return text.text_dls(data, tokenizer=tokenizer, **kwargs)
+    return (video_dls if modality=='video' else image_dls)(data, size=size, **kwargs)
 
 # %% ../../nbs/core/09_run.ipynb #eb8b4354
 def _write_json(path, obj):
@@ -179,10 +182,10 @@ def report_run(
     if len(h)>10: _save_figure(lambda: plot_embedding(h, y, dls.info.classes), run/'embedding.png')
     return rep
 
-# %% ../../nbs/core/09_run.ipynb #099add43
+# %% ../../nbs/core/09_run.ipynb #7b4ef034
 def embed(
     run, # Folder of a finished run
-    data, # Folder of images or texts, or a file that lists them
+    data, # Folder of images, texts or clips, or a file that lists images or texts
     out=None, # 'features.parquet' (default) or a name that ends in .npz
     device=None, batch_size:int=256
 )->Path: # The file
@@ -191,16 +194,19 @@ def embed(
     device = pick_device(device)
     out = Path(out or 'features.parquet')
     if out.suffix not in ('.parquet','.npz'): raise ValueError(f'{out}: features are written as .parquet or .npz')
-    files,h = _embed_texts(enc, run, data, cfg, device, batch_size) if cfg['info']['modality']=='text' else _embed_images(enc, data, cfg, device, batch_size)
+    kind = cfg['info']['modality']
+    files,h = _embed_texts(enc, run, data, cfg, device, batch_size) if kind=='text' else _embed_seen(enc, data, cfg, device, batch_size)
     h = h.cpu().numpy().astype(np.float32)
     if out.suffix=='.npz': np.savez_compressed(out, files=np.array(files), features=h)
     else: pd.DataFrame({'file': files} | {f'f{i}': c for i,c in enumerate(h.T)}).to_parquet(out, index=False)
     print(f'{len(h)} x {h.shape[1]} features -> {out}')
     return out
 
-# %% ../../nbs/core/09_run.ipynb #1fc6f9a3
-def _embed_images(enc, data, cfg, device, bs):
-    dl = image_dl(data, DataInfo(**cfg['info']), bs, device)
+# %% ../../nbs/core/09_run.ipynb #899af6df
+def _embed_seen(enc, data, cfg, device, bs):
+    "Of images, or of clips"
+    info = DataInfo(**cfg['info'])
+    dl = (video_dl if info.modality=='video' else image_dl)(data, info, bs, device=device)
     h,_ = encode(enc.to(device), dl)
     return [str(f) for f in dl.files],h
 

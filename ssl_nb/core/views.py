@@ -6,7 +6,7 @@
 __all__ = ['resize_matrix', 'separable', 'resized_crop', 'uniform', 'central_box', 'random_crop_box', 'per_sample', 'on_rgb',
            'luma', 'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'grey', 'adjust_hue', 'gaussian_window',
            'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'ImageViews',
-           'image_views', 'TokenViews', 'default_views']
+           'image_views', 'TokenViews', 'ClipViews', 'default_views']
 
 # %% ../../nbs/core/03_views.ipynb #e1240500
 import math, functools
@@ -328,9 +328,21 @@ class TokenViews(Draw):
         gone[:,0] = False
         return x.masked_fill(gone, self.mask_id)
 
-# %% ../../nbs/core/03_views.ipynb #b4c9a14c
+# %% ../../nbs/core/03_views.ipynb #fb3d7112
+class ClipViews(CropFlip):
+    "One random resized crop and flip a clip, the same for all its frames"
+    @torch.no_grad()
+    def forward(self,
+        x, # (B,C,F,H,W) in [0,1]
+    ):
+        if x.ndim!=5: raise ValueError(f'views of clips take (B,C,F,H,W), got {tuple(x.shape)}')
+        return super().forward(x.flatten(1,2)).unflatten(1, x.shape[1:3])
+
+# %% ../../nbs/core/03_views.ipynb #6913ee1d
 def default_views(
     info # `dls.info`, a `DataInfo`
 ): # Function from a batch to one random view of it
     "Random views that fit the data"
-    return TokenViews(0.15) if info.modality=='text' else image_views(info.size, **info.views)
+    if info.modality=='text': return TokenViews(0.15)
+    if info.modality=='video': return ClipViews(info.size, **{k: v for k,v in info.views.items() if k in ('scale','ratio','flip')})
+    return image_views(info.size, **info.views)
