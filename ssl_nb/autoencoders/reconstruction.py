@@ -17,7 +17,7 @@ from ..core.measures import encode, frechet_distance
 from ..core.method import Method
 from ..core.plot import show_rows
 
-# %% ../../nbs/autoencoders/00_reconstruction.ipynb #3294ca6b
+# %% ../../nbs/autoencoders/00_reconstruction.ipynb #706aa217
 class Reconstruction(Method):
     "Encoder, a short code, and a decoder that paints the input from it; members of the family add the loss"
     recipe = dict(epochs=20, batch_size=64, lr=2e-3, wd=0.)
@@ -40,8 +40,10 @@ class Reconstruction(Method):
     def metrics(self, pred, target): return dict(mse=(pred-target).pow(2).mean())
 
     def show(self, x, inputs, targets):
-        rows = {'clean': x[0]} | ({} if inputs[0] is x[0] else {'input': inputs[0]})
-        return rows | {'painted': self.eval()(*inputs)}
+        training = self.training
+        rows = {'clean': x[0]} | ({} if inputs[0] is x[0] else {'input': inputs[0]}) | {'painted': self.eval()(*inputs)}
+        self.train(training)
+        return rows
 
 # %% ../../nbs/autoencoders/00_reconstruction.ipynb #12c71abe
 def decoder_for(
