@@ -196,7 +196,7 @@ def digits_dls(**kwargs):
     views = dict(flip=0., scale=(0.4,1.), brightness=0.4, contrast=0.4)
     return array_dls(x[rest], d.target[rest], x[test], d.target[test], name='digits', views=views, **kwargs)
 
-# %% ../../nbs/core/02_data.ipynb #acb30e3b
+# %% ../../nbs/core/02_data.ipynb #7c11f60f
 def _tiles(photo, size, stride):
     "All tiles (N,3,size,size) of a strip (H,W,3)"
     return torch.as_tensor(photo).permute(2,0,1).unfold(1, size, stride).unfold(2, size, stride).permute(1,2,0,3,4).reshape(-1, 3, size, size).contiguous()
@@ -209,7 +209,7 @@ def photos_dls(
     "Tiles of scikit-learn's two photographs; no pixel is in two of train, valid and test"
     if not 8<=size<=64: raise ValueError(f'size must be between 8 and 64, got {size}: the photographs are 427 x 640, and valid is a strip of 64')
     names,cols = ['china','flower'],[(0,384),(384,448),(448,640)]
-    photos = [np.asarray(load_sample_image(f'{n}.jpg')) for n in names]
+    photos = [np.array(load_sample_image(f'{n}.jpg')) for n in names]
     parts = []
     for i,(a,b) in enumerate(cols):
         tiles = [_tiles(p[:,a:b], size, stride if i==0 else 2*stride) for p in photos]
