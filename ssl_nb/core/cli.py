@@ -8,7 +8,7 @@ __all__ = ['parser', 'main']
 # %% ../../nbs/core/10_cli.ipynb #2fb6df97
 import argparse, sys
 
-# %% ../../nbs/core/10_cli.ipynb #723e7909
+# %% ../../nbs/core/10_cli.ipynb #2f8f8ff8
 def parser()->argparse.ArgumentParser:
     "The arguments of `ssl_nb`"
     p = argparse.ArgumentParser('ssl_nb', description='Self-supervised learning: pre-train on unlabelled data, report honestly, use the encoder.')
@@ -20,7 +20,7 @@ def parser()->argparse.ArgumentParser:
     r.add_argument('run', help='folder of the run')
     e = sub.add_parser('embed', help='write the features of all files in a folder, with their names')
     e.add_argument('run', help='folder of the run')
-    e.add_argument('data', metavar='DIR', help='folder of images or texts')
+    e.add_argument('data', metavar='DIR', help='folder of images, texts or clips')
     e.add_argument('--out', help='features.parquet (default), or a name that ends in .npz')
     for q in (r, e): q.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
     d = sub.add_parser('docs', help='build the site from the notebooks')
@@ -28,10 +28,10 @@ def parser()->argparse.ArgumentParser:
     d.add_argument('--readme', action='store_true', help='write README.md from nbs/index.ipynb instead')
     return p
 
-# %% ../../nbs/core/10_cli.ipynb #af3b2356
+# %% ../../nbs/core/10_cli.ipynb #aa86856a
 def _pretrain_args(p):
     p.add_argument('method', metavar='METHOD', help='name of a method: see `ssl_nb methods`')
-    p.add_argument('--data', metavar='DIR', help='folder of images or texts, CSV file, or a name such as digits (default: what comes with the library)')
+    p.add_argument('--data', metavar='DIR', help='folder of images, texts or clips, CSV file, or a name: digits, photos, pydoc, bouncing (default: what comes with the library)')
     p.add_argument('--encoder', metavar='TIMM_NAME', help='small_cnn, small_vit, or any timm model')
     p.add_argument('--epochs', type=int, help="default: the method's recipe")
     p.add_argument('--batch-size', type=int)
@@ -43,9 +43,9 @@ def _pretrain_args(p):
     p.add_argument('--save-seconds', type=float, default=5., help='seconds between two checkpoints (default: 5)')
     p.add_argument('--resume', action='store_true', help='go on with the run in --out')
 
-# %% ../../nbs/core/10_cli.ipynb #35638748
+# %% ../../nbs/core/10_cli.ipynb #16277944
 def _compare_args(p):
-    p.add_argument('--data', metavar='DIR', help='folder of images or texts, CSV file, or a name such as digits (default: digits)')
+    p.add_argument('--data', metavar='DIR', help='folder of images, texts or clips, CSV file, or a name such as digits (default: digits)')
     p.add_argument('--methods', help='names with commas between (default: all that fit the data)')
     p.add_argument('--encoder', metavar='TIMM_NAME', help="default: each method's own")
     p.add_argument('--epochs', type=int, default=10, help='of each method (default: 10)')
