@@ -69,7 +69,7 @@ def perplexity(
     p = torch.zeros(K, device=idx.device).index_add(0, idx.flatten(), torch.ones(idx.numel(), device=idx.device))/idx.numel()
     return (-(p*p.clamp(min=1e-12).log()).sum()).exp()
 
-# %% ../../nbs/autoencoders/05_vqvae.ipynb #246dd485
+# %% ../../nbs/autoencoders/05_vqvae.ipynb #551ec36a
 class VQVAE(Reconstruction):
     "Paint a picture from a few words out of a learned list (van den Oord et al. 2017)"
     recipe = dict(epochs=30, batch_size=32, lr=5e-3, wd=0.)
@@ -89,7 +89,7 @@ class VQVAE(Reconstruction):
         self.slots,self.beta,self.decay,self.revive = slots,beta,decay,revive
         D = latent//slots
         self.codebook = nn.Parameter(torch.randn(codes, D), requires_grad=decay is None)
-        for name,shape in dict(used=(codes,), total=(codes,D), n=(codes,), s=(codes,D), spare=(codes,D)).items():
+        for name,shape in dict(used=(codes,), total=(codes,D), hits=(codes,), sums=(codes,D), spare=(codes,D)).items():
             self.register_buffer(name, torch.zeros(shape))
 
     @classmethod
@@ -105,12 +105,12 @@ class VQVAE(Reconstruction):
         x_hat,z,q,idx = pred
         return vq_loss(x, x_hat.float(), z, q, self.beta, float(self.decay is None))
 
-# %% ../../nbs/autoencoders/05_vqvae.ipynb #8c904660
+# %% ../../nbs/autoencoders/05_vqvae.ipynb #d06b8076
 @patch
 def watch(self:VQVAE, z, idx):
     "Remember which codes were chosen, and a few outputs"
     n,s = count(z, idx, len(self.codebook))
-    self.n.add_(n); self.s.add_(s)
+    self.hits.add_(n); self.sums.add_(s)
     flat = z.flatten(0,-2)
     self.spare.copy_(flat[torch.randint(len(flat), (len(self.codebook),), device=z.device)])
 
@@ -119,14 +119,14 @@ def watch(self:VQVAE, z, idx):
 def update(self:VQVAE, pct):
     "Move the codes to their outputs, and put dead ones where outputs are"
     decay = 0.99 if self.decay is None else self.decay
-    moved,used,total = ema_codes(self.codebook, self.used, self.total, self.n, self.s, decay)
+    moved,used,total = ema_codes(self.codebook, self.used, self.total, self.hits, self.sums, decay)
     if self.decay is None: moved = self.codebook
     dead = used < self.revive*used.mean()
     used = torch.where(dead, used.mean(), used)
     moved = torch.where(dead[:,None], self.spare, moved)
     total = torch.where(dead[:,None], used[:,None]*moved, total)
     for old,new in ((self.codebook, moved), (self.used, used), (self.total, total)): old.copy_(new)
-    self.n.zero_(); self.s.zero_()
+    self.hits.zero_(); self.sums.zero_()
 
 # %% ../../nbs/autoencoders/05_vqvae.ipynb #370f11c1
 @patch

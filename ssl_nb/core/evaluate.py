@@ -114,7 +114,7 @@ def fit_batchnorm(
     for m,momentum in zip(layers, momenta): m.momentum = momentum
     return encoder.eval()
 
-# %% ../../nbs/core/08_evaluate.ipynb #198057f5
+# %% ../../nbs/core/08_evaluate.ipynb #8ac693e6
 def labelled(
     dl # A loader
 ): # A loader of its labelled samples; the same one if it is read from disk
@@ -122,7 +122,7 @@ def labelled(
     if not isinstance(dl, ResidentDL): return dl
     known = dl.y>=0
     if not known.any(): known = ~known
-    return ResidentDL(dl.xs[0][known], y=dl.y[known].cpu(), bs=dl.bs, shuffle=dl.shuffle, drop_last=dl.drop_last, device=dl.device, seed=dl.seed)
+    return dl.take(known)
 
 # %% ../../nbs/core/08_evaluate.ipynb #56147920
 class _Augment(Callback):

@@ -139,7 +139,7 @@ class Colorization(Method):
 # %% ../../nbs/pretext/05_colorization.ipynb #14b5960c
 from fastcore.basics import patch
 
-# %% ../../nbs/pretext/05_colorization.ipynb #2c41b711
+# %% ../../nbs/pretext/05_colorization.ipynb #b167f241
 def _pixels(dls, n=1000, every=4):
     "Colours (N,2) of one pixel in `every` squared, of `n` training pictures drawn at random"
     abs_,seen = [],0
@@ -158,7 +158,8 @@ def for_data(cls:Colorization,
 ):
     "Weights by the colours of the training pictures, crops and flips as views"
     info = dls.info
-    if info.channels<3: raise ValueError(f'colorization needs pictures with colour, and {info.name} has {info.channels} channel(s); use data in RGB, or another pretext task')
+    what = f'has {info.channels} channel(s)' if info.modality=='image' else f'is {info.modality}'
+    if info.modality!='image' or info.channels<3: raise ValueError(f'colorization needs pictures with colour, and {info.name} {what}; use data in RGB, or another pretext task')
     ab = _pixels(dls)
     if ab.norm(dim=1).mean()<1: raise ValueError(f'colorization needs pictures with colour, and those of {info.name} are grey, although they have {info.channels} channels; use another pretext task')
     prior = colour_prior(ab, ab_bins(bin_size).to(ab), bin_size/2).cpu()
