@@ -22,11 +22,11 @@ def gan_loss(
     "Minus the value of the game, the cost of the discriminator (Goodfellow et al. 2014, eq. 1)"
     return F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()
 
-# %% ../../nbs/autoencoders/06_gan.ipynb #345adad8
+# %% ../../nbs/autoencoders/06_gan.ipynb #6f151aae
 def generator_loss(
     fake # (B,) scores of painted pictures
 ): # Scalar; log 2 = 0.693 where the discriminator guesses
-    "The generator's own cost, mean -log D (Goodfellow et al. 2014, sec. 3)"
+    "The non-saturating cost of the generator, mean -log D (Goodfellow et al. 2014, sec. 3)"
     return F.softplus(-fake.float()).mean()
 
 # %% ../../nbs/autoencoders/06_gan.ipynb #db1f161c
@@ -38,7 +38,7 @@ def held_still(
     state = {k: v.detach() for k,v in module.named_parameters()} | {k: v.clone() for k,v in module.named_buffers()}
     return functional_call(module, state, (x,))
 
-# %% ../../nbs/autoencoders/06_gan.ipynb #56571f2e
+# %% ../../nbs/autoencoders/06_gan.ipynb #ada2ca94
 class GAN(Method):
     "A generator against a discriminator, whose trunk is the encoder (Goodfellow et al. 2014; Radford et al. 2016)"
     recipe = dict(epochs=30, batch_size=64, lr=3e-3, wd=0., moms=(0.5,0.5,0.5))
@@ -47,7 +47,7 @@ class GAN(Method):
         generator, # Paints (B,C,H,W) from codes (B,latent), before a sigmoid; see `core.heads.Decoder`
         latent:int=32, # Length of the code z
         noise:float=0.1, # Deviation of the noise on all pictures the discriminator sees; 0 for none
-        saturating:bool=False # Play eq. 1 itself, by reversed gradient, instead of the game of sec. 3?
+        saturating:bool=False # The generator's cost of eq. 1, by reversed gradient, instead of that of sec. 3?
     ):
         super().__init__(encoder)
         self.generator,self.head = generator,nn.Linear(encoder.num_features, 1)
