@@ -19,13 +19,13 @@ def next_frame_loss(
     "Mean squared error over clips and pixels"
     return F.mse_loss(pred.float(), frame.float())
 
-# %% ../../nbs/pretext/08_next_frame.ipynb #29ece47f
+# %% ../../nbs/pretext/08_next_frame.ipynb #b5481c5d
 def skill(
     pred, # (B,C,H,W) painted frame
     frame, # (B,C,H,W) the frame that came
     last # (B,C,H,W) the frame before it
 ): # Scalar, at most 1
-    "Share of the error of copying the last frame that the prediction saves; 0 where nothing moves and nothing is saved"
+    "Share of the error of copying the last frame that the prediction saves; without meaning where nothing moves"
     return 1-next_frame_loss(pred, frame)/next_frame_loss(last, frame).clamp(min=1e-8)
 
 # %% ../../nbs/pretext/08_next_frame.ipynb #70aa6069

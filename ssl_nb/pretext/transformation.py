@@ -21,14 +21,14 @@ def aet_loss(
     "Mean squared error of the parameters, as a share of their variance (Zhang et al. 2019, for parameters instead of matrices)"
     return (pred.float()-target.float()).pow(2).mean()
 
-# %% ../../nbs/pretext/07_transformation.ipynb #9e115804
+# %% ../../nbs/pretext/07_transformation.ipynb #a8be749b
 def affine_matrix(
     angle, # (B,) degrees, counter-clockwise
     scale, # (B,) factor, 1 for no change
-    shear, # (B,) slant: pixels to the side for each pixel down
+    shear, # (B,) slant: pixels to the left for each pixel down
     shift_x, shift_y # (B,) shares of the side, to the right and down
 ): # (B,2,3): where each pixel of the new picture fetches its value, in coordinates from -1 to 1
-    "The map from a scaled, sheared, turned and then shifted picture back to the original"
+    "The map from a turned, sheared, scaled and then shifted picture back to the original"
     cos,sin = torch.deg2rad(angle).cos()/scale,torch.deg2rad(angle).sin()/scale
     a,b,c,d = cos,cos*shear-sin,sin,sin*shear+cos
     move = lambda p,q: -2*(p*shift_x+q*shift_y) # the square is 2 wide
@@ -58,14 +58,14 @@ def parameters(
     "Scale even numbers to the limits of each parameter; factors on a logarithmic scale"
     return {k: limits[k]**c if k in _factors else limits[k]*c for k,c in zip(limits, u.unbind(1))}
 
-# %% ../../nbs/pretext/07_transformation.ipynb #c09b0179
+# %% ../../nbs/pretext/07_transformation.ipynb #2f2f3fe4
 def transform(
     x, # (B,C,S,S) square images in [0,1]
     values:dict, # From `parameters`; what is missing is not changed
     padding='reflection', # What lies outside the picture
     crop=1. # Share of the side that is looked at, around the middle
 ): # (B,C,S,S)
-    "Scale, shear, turn and shift, then change the colours, each sample by its own values"
+    "Turn, shear, scale and shift, then change the colours, each sample by its own values"
     get = lambda k: values.get(k, torch.full((len(x),), float(k in _factors), device=x.device))
     A = affine_matrix(*[get(k) for k in ('angle','scale','shear','shift_x','shift_y')])
     x = warp(x, torch.cat([A[:,:,:2]*crop, A[:,:,2:]], 2), padding)
