@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['references', 'label_free', 'evidence', 'overlap', 'agreement', 'view_agreement', 'few_label_score', 'guess_modality',
            'candidates', 'settings', 'thin', 'load', 'measure', 'try_method', 'run_all', 'write_json', 'compare',
-           'free_score', 'ranking', 'text_ranking', 'figure', 'close_calls', 'advice', 'compare_folder']
+           'free_score', 'ranking', 'text_ranking', 'figure', 'compare_folder']
 
 # %% ../../nbs/core/10_compare.ipynb #c9ff4685
 import json, multiprocessing, os, time, warnings
@@ -247,12 +247,12 @@ def _agreed(results, out, file):
     write_json(file, results)
     return results
 
-# %% ../../nbs/core/10_compare.ipynb #f7a144db
-label_free = 'agreement','views' # the measures that the order without labels is made of; see the page 'Which task?' for why
+# %% ../../nbs/core/10_compare.ipynb #f0a4e274
+label_free = 'agreement','views' # the measures that the order without labels is made of; how well it does is on the page 'Which task?'
 
 def free_score(
     table:pd.DataFrame # With the columns `label_free`
-)->pd.Series: # 0 (last by every measure) to 1
+)->pd.Series: # 1/N (last of N by every measure) to 1
     "Mean place by the label-free measures"
     return table[list(label_free)].rank(pct=True).mean(axis=1)
 
@@ -300,7 +300,7 @@ def figure(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/core/10_compare.ipynb #c14f123e
+# %% ../../nbs/core/10_compare.ipynb #79d57bb9
 def close_calls(
     t # From `ranking`, with a probe
 )->list: # Names
@@ -316,8 +316,9 @@ def advice(
     if 'probe' in t:
         near,best_ref = close_calls(t),max((r for r in results['runs'] if r['method'] in references), key=lambda r: r.get('probe', 0))
         lines.append(f'{t.index[0]} comes first' + (f'; within the spread of the draws: {", ".join(near[1:])}.' if near[1:] else ', beyond the spread of the draws.'))
-        if best_ref['probe'] >= t.probe.iloc[0]: lines.append(f'The {best_ref["method"]} is ahead of all ({best_ref["probe"]:.1f}): train longer, on more samples, or on larger pictures.')
-    else: lines.append(f'Fewer than two classes have ten labels, so the order is by {" and ".join(label_free)}. {_trust()} {t.index[0]} comes first.')
+                lead,spread = t.probe.iloc[0]-best_ref['probe'],(t['± probe'].iloc[0]**2 + best_ref['± probe']**2)**0.5
+        if lead <= spread: lines.append(f'The {best_ref["method"]} is {"ahead of all" if lead<=0 else "within that spread, too"} ({best_ref["probe"]:.1f}): train longer, on more samples, or on larger pictures.')
+    else: lines.append(f'Fewer than two classes have six labels, so the order is by {" and ".join(label_free)}. {_trust()} {t.index[0]} comes first.')
     left = {r['method']: r['error'] for r in results['runs'] if 'error' in r}
     lines += [f'Left out: {k}: {v}' for k,v in left.items()]
     lines.append(f'Next: ssl_nb pretrain {t.index[0]}' + (f' --data {cfg["data"]}' if cfg['data'] not in ('digits','pydoc') else '') + '; its report is on samples that were used for no choice.')
