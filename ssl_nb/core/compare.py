@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['references', 'label_free', 'evidence', 'overlap', 'agreement', 'view_agreement', 'few_label_score', 'guess_modality',
            'candidates', 'settings', 'thin', 'load', 'measure', 'try_method', 'run_all', 'write_json', 'compare',
-           'free_score', 'ranking', 'text_ranking', 'figure', 'compare_folder']
+           'free_score', 'ranking', 'text_ranking', 'figure', 'close_calls', 'advice', 'compare_folder']
 
 # %% ../../nbs/core/10_compare.ipynb #c9ff4685
 import json, multiprocessing, os, time, warnings
@@ -300,7 +300,7 @@ def figure(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/core/10_compare.ipynb #79d57bb9
+# %% ../../nbs/core/10_compare.ipynb #2188cb4a
 def close_calls(
     t # From `ranking`, with a probe
 )->list: # Names
@@ -316,7 +316,7 @@ def advice(
     if 'probe' in t:
         near,best_ref = close_calls(t),max((r for r in results['runs'] if r['method'] in references), key=lambda r: r.get('probe', 0))
         lines.append(f'{t.index[0]} comes first' + (f'; within the spread of the draws: {", ".join(near[1:])}.' if near[1:] else ', beyond the spread of the draws.'))
-                lead,spread = t.probe.iloc[0]-best_ref['probe'],(t['± probe'].iloc[0]**2 + best_ref['± probe']**2)**0.5
+        lead,spread = t.probe.iloc[0]-best_ref['probe'],(t['± probe'].iloc[0]**2 + best_ref['± probe']**2)**0.5
         if lead <= spread: lines.append(f'The {best_ref["method"]} is {"ahead of all" if lead<=0 else "within that spread, too"} ({best_ref["probe"]:.1f}): train longer, on more samples, or on larger pictures.')
     else: lines.append(f'Fewer than two classes have six labels, so the order is by {" and ".join(label_free)}. {_trust()} {t.index[0]} comes first.')
     left = {r['method']: r['error'] for r in results['runs'] if 'error' in r}
