@@ -1,18 +1,32 @@
-"What the tests share: where things are, and the seconds of each notebook in the summary."
+"What the tests share: where things are, one thread for each of pytest's processes, the seconds of each notebook in the summary."
+import os
 from pathlib import Path
 
 import pytest
 
+# These networks are as fast on one thread as on two, so pytest runs as many tests at once as there are cores. Set before torch is imported.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 ROOT = Path(__file__).resolve().parent.parent
-seconds = {}  # notebook -> seconds, filled by test_notebooks
+seconds = {}  # notebook -> seconds, gathered from the reports of all processes
 
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
 
 
+def pytest_collection_modifyitems(items):
+    "Notebooks go to whichever process is free; the tests of another file stay together, for they share what they trained"
+    for item in items:
+        if item.path.name!='test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_runtest_logreport(report):
+    if report.when=='call': seconds.update({v: t for k,(v,t) in report.user_properties if k=='seconds'})
+
+
 def pytest_terminal_summary(terminalreporter):
     if not seconds: return
     terminalreporter.section('seconds per notebook')
-    for name,s in seconds.items(): terminalreporter.write_line(f'{s:7.1f}  {name}')
+    for name,s in sorted(seconds.items()): terminalreporter.write_line(f'{s:7.1f}  {name}')
     terminalreporter.write_line(f'{sum(seconds.values()):7.1f}  together')

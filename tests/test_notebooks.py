@@ -13,7 +13,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from conftest import ROOT, seconds
+from conftest import ROOT
 
 LIMIT, SLOW = 300, 60  # seconds: a notebook fails after the first, and is reported after the second
 notebooks = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb')
@@ -89,8 +89,7 @@ def test_notebook(path, record_property):
         if c.cell_type=='code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M|re.I): c.cell_type = 'raw'
     before = files(path.parent)
     took = run(nb, path)
-    seconds[path.relative_to(ROOT).as_posix()] = took
-    record_property('seconds', round(took, 1))
+    record_property('seconds', (path.relative_to(ROOT).as_posix(), round(took, 1)))
     if took > SLOW: warnings.warn(f'{path.name} took {took:.0f} s; it should take at most {SLOW} s on 2 cores')
     for n,(c,s) in enumerate(zip(nb.cells, stored)):
         if c.cell_type=='code' and shows(c) and not s:
