@@ -46,11 +46,11 @@ def chosen(
     "The first `k` chosen positions of each row; where there are fewer, others follow"
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:,:k]
 
-# %% ../../nbs/masked/02_bert.ipynb #6bad46e3
+# %% ../../nbs/masked/02_bert.ipynb #4edbeefc
 class BERT(Method):
     "Which tokens were here? Masked language modelling (Devlin et al. 2019)"
     modality,default_encoder = 'text','small_text'
-    recipe = dict(epochs=5, batch_size=16, lr=5e-3, wd=0.05)
+    recipe = dict(epochs=4, batch_size=16, lr=5e-3, wd=0.05)
     def __init__(self,
         encoder, # A text encoder with a token embedding `tokens`
         ratio:float=0.15, # Share of the tokens that is chosen (sec. 3.1)
