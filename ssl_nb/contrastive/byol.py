@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['byol_loss', 'BYOL']
 
-# %% ../../nbs/contrastive/09_byol.ipynb #d4c64b75
+# %% ../../nbs/contrastive/09_byol.ipynb #4e0353e5
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.heads import cosine_momentum, ema_copy, ema_update, mlp
-from .infonce import partner_accuracy, _full
+from ..core.heads import cosine_momentum, ema_copy, ema_update, full_precision, mlp
+from .infonce import partner_accuracy
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/09_byol.ipynb #af6663cb
+# %% ../../nbs/contrastive/09_byol.ipynb #4b167a8e
 def byol_loss(
     p, # (N,D) predictions, not normalised
     z, # (N,D) the target's projections, not normalised; pass them without gradient
 ): # Scalar from 0 to 4
     "Squared distance of prediction and target on the sphere: 2 - 2 cos (Grill et al. 2020, eq. 2)"
-    return 2 - 2*F.cosine_similarity(*_full(p, z), dim=1).mean()
+    return 2 - 2*F.cosine_similarity(*full_precision(p, z), dim=1).mean()
 
 # %% ../../nbs/contrastive/09_byol.ipynb #65012f90
 class BYOL(JointEmbedding):

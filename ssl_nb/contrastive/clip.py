@@ -6,7 +6,7 @@
 __all__ = ['DIGITS', 'COLOURS', 'PLACES', 'TEMPLATES', 'clip_loss', 'siglip_loss', 'caption', 'paint', 'draw_facts', 'pairs_dls',
            'pair_dls_from_table', 'CLIP', 'embed_images', 'embed_texts', 'zero_shot', 'retrieval']
 
-# %% ../../nbs/contrastive/18_clip.ipynb #d516ebd3
+# %% ../../nbs/contrastive/18_clip.ipynb #c8c2a6e7
 import math, textwrap, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +16,14 @@ from torch import nn
 from tokenizers import Tokenizer
 from ..core.data import DataInfo, channel_stats, digits_dls, make_dls
 from ..core.encoders import create_encoder
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from ..core.images import MODES, class_ids, default_mode, default_size, fits, load_images, probe, three_parts, warn_skipped
 from ..core.method import Method
 from ..core.text import decode, encode, read_texts, train_tokenizer
 from .infonce import crowd, partner_accuracy
 
-# %% ../../nbs/contrastive/18_clip.ipynb #d0e8a9d6
-def _unit(z): return F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1)
+# %% ../../nbs/contrastive/18_clip.ipynb #a6d8c7de
+def _unit(z): return F.normalize(full_precision(z), dim=1)
 
 def clip_loss(
     img, # (N,D) images, not normalised

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PredictAhead', 'cpc_loss', 'ahead_accuracy', 'patches', 'CPC']
 
-# %% ../../nbs/contrastive/08_cpc.ipynb #de88c13e
+# %% ../../nbs/contrastive/08_cpc.ipynb #1e11b751
 import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core.views import image_views
+from ..core.heads import full_precision
 from .infonce import crowd
 from .joint_embedding import JointEmbedding
 
@@ -29,7 +30,7 @@ class PredictAhead(nn.Module):
     ): # (B,T,K,D): [:,t,k-1] is the guess for step t+k
         return self.maps(c).unflatten(-1, (self.steps, -1))
 
-# %% ../../nbs/contrastive/08_cpc.ipynb #561bc743
+# %% ../../nbs/contrastive/08_cpc.ipynb #9fdf1a48
 def _pairs(z, p, first):
     "For each distance: the predictions (N,D) and the place in the batch of what they should find (N,)"
     if not first <= p.shape[2] < z.shape[1]: raise ValueError(f'{z.shape[1]} steps are too few to predict {p.shape[2]} ahead')
@@ -42,7 +43,7 @@ def cpc_loss(
     first:int=1 # Smallest distance that counts
 ): # Scalar: mean over sequences, steps and distances
     "Find the predicted latent among all latents of the batch (van den Oord et al. 2018, eq. 4)"
-    z,p = [t if t.dtype==torch.float64 else t.float() for t in (z, p)]
+    z,p = full_precision(z, p)
     keys = z.flatten(0,1) # (BT,D)
     return torch.stack([(crowd(q, keys, 1.) - (q*keys[own]).sum(1)).mean() for q,own in _pairs(z, p, first)]).mean()
 

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['unit', 'spherical_kmeans', 'deepcluster_loss', 'DeepCluster']
 
-# %% ../../nbs/contrastive/15_deepcluster.ipynb #ce9d5a4a
+# %% ../../nbs/contrastive/15_deepcluster.ipynb #27d59a1e
 from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/15_deepcluster.ipynb #946c6771
+# %% ../../nbs/contrastive/15_deepcluster.ipynb #657c82ca
 def unit(
     z # (N,D)
 ): # (N,D), at least in single precision
     "Vectors of length 1"
-    return F.normalize(z if z.dtype==torch.float64 else z.float(), dim=1)
+    return F.normalize(full_precision(z), dim=1)
 
 @torch.no_grad()
 def spherical_kmeans(

@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['teacher_probs', 'cross_entropy', 'dino_loss', 'Directions', 'koleo', 'DINO', 'small_views']
 
-# %% ../../nbs/contrastive/17_dino.ipynb #93cdaa27
+# %% ../../nbs/contrastive/17_dino.ipynb #aee62618
 from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.heads import cosine_momentum, ema_copy, ema_update, mlp
+from ..core.heads import cosine_momentum, ema_copy, ema_update, full_precision, mlp
 from ..core.views import TokenViews, default_views, image_views
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/17_dino.ipynb #481c48d3
-def _full(z):
+# %% ../../nbs/contrastive/17_dino.ipynb #82ba552a
+def _stack(z):
     "One tensor out of a list of crops, in single precision at least"
-    z = torch.stack(list(z)) if isinstance(z, (list,tuple)) else z
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    return full_precision(torch.stack(list(z)) if isinstance(z, (list,tuple)) else z)
 
 def teacher_probs(
     teacher, # (T,N,K) raw outputs
@@ -26,7 +25,7 @@ def teacher_probs(
     temp:float=0.04 # Temperature of the teacher
 ): # (T,N,K), without gradient
     "The teacher's answers, centred and sharpened"
-    return ((_full(teacher).detach() - center)/temp).softmax(-1)
+    return ((_stack(teacher).detach() - center)/temp).softmax(-1)
 
 def cross_entropy(
     p, # (T,N,K) probabilities of the teacher
@@ -34,7 +33,7 @@ def cross_entropy(
     temp:float=0.1 # Temperature of the student
 ): # Scalar
     "The mean of H(P_t, P_s) over all pairs of different crops"
-    log_q = F.log_softmax(_full(student)/temp, -1)
+    log_q = F.log_softmax(_stack(student)/temp, -1)
     if p.ndim==2: return -(p*log_q).sum(1).mean() # (N,K): one pair of crops
     with torch.autocast(p.device.type, enabled=False): pairs = -torch.einsum('tnk,vnk->tv', p, log_q)/p.shape[1]
     different = 1 - torch.eye(*pairs.shape, dtype=pairs.dtype, device=pairs.device)
@@ -59,18 +58,18 @@ class Directions(nn.Linear):
         with torch.autocast(z.device.type, enabled=False): # a temperature of 0.04 magnifies what is rounded off
             return F.linear(F.normalize(z.to(self.weight.dtype), dim=1), F.normalize(self.weight, dim=1))
 
-# %% ../../nbs/contrastive/17_dino.ipynb #d5b7041b
+# %% ../../nbs/contrastive/17_dino.ipynb #c7eb0be4
 def koleo(
     z, # (N,D) features, not normalised
     eps:float=1e-8 # Added to differences and distances, as in the authors' code
 ): # Scalar
     "Push each sample away from its nearest neighbour in the batch (Kozachenko-Leonenko; Oquab et al. 2023)"
     with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(_full(z), dim=1, eps=eps)
+        z = F.normalize(full_precision(z), dim=1, eps=eps)
         near = (z.detach() @ z.detach().T).fill_diagonal_(-2).argmax(1)
         return -(F.pairwise_distance(z, z[near], eps=eps) + eps).log().mean()
 
-# %% ../../nbs/contrastive/17_dino.ipynb #80b05712
+# %% ../../nbs/contrastive/17_dino.ipynb #968414b6
 class DINO(JointEmbedding):
     "Say of a crop what a slow copy of the network, centred and sharpened, says of another (Caron et al. 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -130,7 +129,7 @@ class DINO(JointEmbedding):
         entropy = -(p*p.clamp(min=1e-12).log()).sum(-1).mean()
         return dict(entropy=entropy, kl=cross_entropy(p, pred[0], self.temps[0])-entropy)
 
-    def answers(self, pred): return (_full(pred[0][0])/self.temps[0]).softmax(1)
+    def answers(self, pred): return (full_precision(pred[0][0])/self.temps[0]).softmax(1)
     def guards(self): return {'centring': self.centring is not None, 'sharpening': self.temps[1]<self.temps[0]}
 
     def show(self, x, inputs, targets):

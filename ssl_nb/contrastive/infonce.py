@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['crowd', 'info_nce', 'partner_accuracy']
 
-# %% ../../nbs/contrastive/01_infonce.ipynb #f35027f0
+# %% ../../nbs/contrastive/01_infonce.ipynb #d0a96e2d
 import torch
 import torch.nn.functional as F
+from ..core.heads import full_precision
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #2a8aba22
 class _Crowd(torch.autograd.Function):
@@ -41,9 +42,7 @@ class _Crowd(torch.autograd.Function):
             dkeys.addmm_(push.T, q[part])
         return dq,dkeys,None,None,None
 
-# %% ../../nbs/contrastive/01_infonce.ipynb #fa503e49
-def _full(*ts): return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in ts]
-
+# %% ../../nbs/contrastive/01_infonce.ipynb #c23e63a6
 def crowd(
     q, # (N,D) queries, normalised
     keys, # (K,D) keys, normalised
@@ -54,9 +53,9 @@ def crowd(
     "The logarithm of the denominator of InfoNCE, in memory that does not grow with the square of the batch"
     if skip is not None and skip.ndim==1: skip = skip[:,None]
     with torch.autocast(q.device.type, enabled=False): # scores in full precision: the temperature magnifies what they lose
-        return _Crowd.apply(*_full(q, keys), temp, skip, max(1, most//len(keys)))
+        return _Crowd.apply(*full_precision(q, keys), temp, skip, max(1, most//len(keys)))
 
-# %% ../../nbs/contrastive/01_infonce.ipynb #42866c2f
+# %% ../../nbs/contrastive/01_infonce.ipynb #de447da7
 def info_nce(
     q, # (N,D) queries, not normalised
     k, # (N,D) keys; k[i] is the partner of q[i]
@@ -64,7 +63,7 @@ def info_nce(
     temp:float=0.1 # Temperature
 ): # Scalar
     "InfoNCE with cosine scores (van den Oord et al. 2018, eq. 4): find each query's partner among the keys"
-    q,k = [F.normalize(t, dim=1) for t in _full(q, k)]
+    q,k = [F.normalize(t, dim=1) for t in full_precision(q, k)]
     partner = (q*k).sum(1)/temp
     below = crowd(q, k, temp) if queue is None else torch.logaddexp(partner, crowd(q, F.normalize(queue, dim=1), temp))
     return (below - partner).mean()

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['epps_pulley', 'sigreg', 'lejepa_loss', 'LeJEPA']
 
-# %% ../../nbs/contrastive/14_lejepa.ipynb #a4b1b134
+# %% ../../nbs/contrastive/14_lejepa.ipynb #c5b2c1e9
 from functools import partial
 import torch
 from torch import nn
 import torch.nn.functional as F
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/14_lejepa.ipynb #65e4d84e
@@ -26,9 +26,7 @@ def epps_pulley(
     gap = (angle.cos().mean(-3)-phi)**2 + angle.sin().mean(-3)**2 # (...,M,knots)
     return x.shape[-2]*2*torch.trapezoid(gap*phi, t)
 
-# %% ../../nbs/contrastive/14_lejepa.ipynb #d28c7643
-def _full(z): return z if z.dtype==torch.float64 else z.float()
-
+# %% ../../nbs/contrastive/14_lejepa.ipynb #ae183898
 def sigreg(
     z, # (...,N,D) vectors, not normalised; the mean is taken over leading axes, such as views
     slices:int=256, # Random directions |A| (the released minimal code and algorithm 1; sec. 6.1 recommends 1024)
@@ -38,11 +36,11 @@ def sigreg(
 ): # Scalar
     "Sketched isotropic Gaussian regularisation: Epps-Pulley in random directions (Balestriero and LeCun 2025, sec. 4.2)"
     with torch.autocast(z.device.type, enabled=False):
-        z = _full(z)
+        z = full_precision(z)
         a = torch.randn(z.shape[-1], slices, device=z.device, dtype=z.dtype, generator=generator)
         return epps_pulley(z @ F.normalize(a, dim=0), knots, t_max).mean()
 
-# %% ../../nbs/contrastive/14_lejepa.ipynb #6f137797
+# %% ../../nbs/contrastive/14_lejepa.ipynb #59ccfdf8
 def lejepa_loss(
     zs, # V tensors (N,D), or one (V,N,D): projections of the views, not normalised
     lamb:float=0.05, # Weight of SIGReg, lambda (sec. 6.1)
@@ -50,7 +48,7 @@ def lejepa_loss(
     generator=None # Random generator for the directions; by default the device's
 ): # Scalar
     "Agreement of the views, and SIGReg of each (Balestriero and LeCun 2025, algorithm 2)"
-    z = _full(zs if torch.is_tensor(zs) else torch.stack(list(zs)))
+    z = full_precision(zs if torch.is_tensor(zs) else torch.stack(list(zs)))
     pred = (z - z.mean(0)).pow(2).mean()
     return (1-lamb)*pred + lamb*sigreg(z, slices, generator=generator)
 

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['nt_xent', 'SimCLR']
 
-# %% ../../nbs/contrastive/02_simclr.ipynb #7c84d77e
+# %% ../../nbs/contrastive/02_simclr.ipynb #5fd82951
 import torch
 import torch.nn.functional as F
-from ..core.heads import mlp
-from .infonce import _full, crowd, partner_accuracy
+from ..core.heads import full_precision, mlp
+from .infonce import crowd, partner_accuracy
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/02_simclr.ipynb #03fe33a5
+# %% ../../nbs/contrastive/02_simclr.ipynb #d3373981
 def nt_xent(
     z1, # (N,D) projections of the first views, not normalised
     z2, # (N,D) projections of the second views
     temp:float=0.5 # Temperature; the paper's choice for CIFAR-10 (app. B.9)
 ): # Scalar
     "The normalised temperature-scaled cross-entropy loss (Chen et al. 2020, eq. 1)"
-    z = F.normalize(torch.cat(_full(z1, z2)), dim=1) # (2N,D)
+    z = F.normalize(torch.cat(full_precision(z1, z2)), dim=1) # (2N,D)
     own = torch.arange(len(z), device=z.device)
     return (crowd(z, z, temp, skip=own) - (z*z.roll(len(z1), 0)).sum(1)/temp).mean()
 

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['neg_cosine', 'SimSiam']
 
-# %% ../../nbs/contrastive/10_simsiam.ipynb #16aed81a
+# %% ../../nbs/contrastive/10_simsiam.ipynb #73090a4d
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.heads import mlp
-from .infonce import partner_accuracy, _full
+from ..core.heads import full_precision, mlp
+from .infonce import partner_accuracy
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/10_simsiam.ipynb #cb071aed
+# %% ../../nbs/contrastive/10_simsiam.ipynb #2cd06f3e
 def neg_cosine(
     p, # (N,D) predictions, not normalised
     z, # (N,D) projections of the other view, not normalised
     stop_gradient:bool=True # Treat z as a constant?
 ): # Scalar from -1 to 1
     "Negative cosine of prediction and target; no gradient flows into the target (Chen and He 2021, eq. 1 and alg. 1)"
-    return -F.cosine_similarity(*_full(p, z.detach() if stop_gradient else z), dim=1).mean()
+    return -F.cosine_similarity(*full_precision(p, z.detach() if stop_gradient else z), dim=1).mean()
 
 # %% ../../nbs/contrastive/10_simsiam.ipynb #8d5ae4d7
 class SimSiam(JointEmbedding):

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['supcon_loss', 'own_class', 'class_accuracy', 'SupCon']
 
-# %% ../../nbs/contrastive/07_supcon.ipynb #a327fb1f
+# %% ../../nbs/contrastive/07_supcon.ipynb #474bbdf3
 import torch
 import torch.nn.functional as F
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from .infonce import crowd
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/07_supcon.ipynb #4d4420c3
+# %% ../../nbs/contrastive/07_supcon.ipynb #81842f02
 def supcon_loss(
     z, # (N,D) projections of all views, not normalised; two views of a batch are 2N rows
     y, # (N,) labels, repeated for each view; -1 is unknown, and no partner of anybody
     temp:float=0.07 # Temperature; the default of the authors' code
 ): # Scalar: mean over the views that have a partner
     "The supervised contrastive loss, mean outside of the logarithm (Khosla et al. 2020, eq. 2)"
-    z = F.normalize(z if z.dtype==torch.float64 else z.float(), dim=1)
+    z = F.normalize(full_precision(z), dim=1)
     _,cls,count = y.unique(return_inverse=True, return_counts=True)
     sums = z.new_zeros(len(count), z.shape[1]).index_add(0, cls, z) # (classes,D)
     n = count[cls]-1 # |P(i)|

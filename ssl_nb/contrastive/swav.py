@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'prototype_scores', 'swav_loss', 'used', 'SwAV']
 
-# %% ../../nbs/contrastive/16_swav.ipynb #6c28cabe
+# %% ../../nbs/contrastive/16_swav.ipynb #26d53515
 import torch
 import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/16_swav.ipynb #0d67418c
+# %% ../../nbs/contrastive/16_swav.ipynb #5d15390e
 @torch.no_grad()
 def sinkhorn(
     scores, # (N,K) scores of the samples for the prototypes
@@ -21,18 +21,18 @@ def sinkhorn(
     iters:int=3 # Rounds; 0 leaves out the equal partition and is a plain softmax
 ): # (N,K) codes; each row sums to 1, each column approaches N/K with more rounds
     "Split the samples among groups of equal size (Caron et al. 2020, eq. 3 to 5), without gradient"
-    log_q = (scores if scores.dtype==torch.float64 else scores.float())/eps
+    log_q = full_precision(scores)/eps
     for _ in range(iters): log_q = (log_q - log_q.logsumexp(0, keepdim=True)).log_softmax(1)
     return log_q.softmax(1)
 
-# %% ../../nbs/contrastive/16_swav.ipynb #e23e6dc6
+# %% ../../nbs/contrastive/16_swav.ipynb #be2e766d
 def prototype_scores(
     z, # (N,D) projections, not normalised
     prototypes # (K,D)
 ): # (N,K) cosines, in full precision
     "How near is each sample to each prototype?"
     with torch.autocast(z.device.type, enabled=False):
-        z,c = [F.normalize(t if t.dtype==torch.float64 else t.float(), dim=1) for t in (z, prototypes)]
+        z,c = [F.normalize(t, dim=1) for t in full_precision(z, prototypes)]
         return z @ c.to(z.dtype).T
 
 def swav_loss(

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['whiten', 'subbatches', 'wmse_loss', 'WMSE']
 
-# %% ../../nbs/contrastive/13_wmse.ipynb #ece2e030
+# %% ../../nbs/contrastive/13_wmse.ipynb #424a7a8e
 import torch
 import torch.nn.functional as F
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/13_wmse.ipynb #9dbaabfe
-def _full(z): return z if z.dtype==torch.float64 else z.float()
-
+# %% ../../nbs/contrastive/13_wmse.ipynb #51b4499b
 def whiten(
     v, # (...,N,D) N samples of D numbers; leading axes are batches of their own
     eps:float=0. # The covariance is mixed with this share of the identity matrix (0 in the authors' code)
@@ -22,12 +20,12 @@ def whiten(
     n,d = v.shape[-2:]
     if n <= d: raise ValueError(f'whitening {d} numbers needs more than {d} samples, better {2*d}, got {n}; raise batch_size or lower dim')
     with torch.autocast(v.device.type, enabled=False):
-        v = _full(v)
+        v = full_precision(v)
         v = v - v.mean(-2, keepdim=True)
         cov = (1-eps)*(v.mT @ v)/(n-1) + eps*torch.eye(d, device=v.device, dtype=v.dtype)
         return torch.linalg.solve_triangular(torch.linalg.cholesky(cov), v.mT, upper=False).mT
 
-# %% ../../nbs/contrastive/13_wmse.ipynb #49bb8bb5
+# %% ../../nbs/contrastive/13_wmse.ipynb #183d5e8a
 def subbatches(
     n:int, # Samples
     size:int, # Samples a sub-batch, at least; None for one of all
@@ -46,7 +44,7 @@ def wmse_loss(
     generator=None # Of the cuts; by default the device's
 ): # Scalar between 0 and 4
     "Whiten, normalise, and take the squared distance of the two views (Ermolov et al. 2021)"
-    v,total = _full(torch.stack([v1, v2])),0. # (2,N,D)
+    v,total = full_precision(torch.stack([v1, v2])),0. # (2,N,D)
     for _ in range(iters):
         cut = subbatches(len(v1), size, v.device, generator)
         z1,z2 = F.normalize(whiten(v[:,cut], eps), dim=-1) # (G,S,D) each

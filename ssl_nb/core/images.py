@@ -206,22 +206,19 @@ def _depth(parts):
     while len({p[k] for p in parts})==1 and min(map(len, parts))>k+1 and parts[0][k].lower() not in _split_names: k += 1
     return k
 
-# %% ../../nbs/core/02_images.ipynb #64cbccc5
+# %% ../../nbs/core/02_images.ipynb #b201fa61
 def _labels(rests, known=()):
     "Folder names of one part where they are classes"
     names = {r[0] for r in rests}
     classes = all(len(r)==2 for r in rests) and (len(names)>1 or names<=set(known))
     return [r[0] if classes else None for r in rests]
 
-def folder_listing(
-    path # Folder of images
-)->Listing:
-    "Read parts and labels off the folders"
-    files = folder_files(path)
+def _from_folders(path, files):
+    "(split, label) of each file from the folders above it"
     parts = [f.split('/') for f in files]
     k = _depth(parts)
     split = [_split_names.get(p[k].lower(), '') if len(p)>k+1 else '' for p in parts]
-    if not set(split)-{''}: return Listing(Path(path), files, ['train']*len(files), _labels([p[k:] for p in parts]))
+    if not set(split)-{''}: return ['train']*len(files),_labels([p[k:] for p in parts])
     if not {'train','unlabelled'} & set(split):
         raise ValueError(f'{path} has a folder for {sorted(set(split)-{""})} but none called train')
     label,known = [None]*len(files),()
@@ -229,7 +226,14 @@ def folder_listing(
         idx = [i for i,o in enumerate(split) if o==s]
         for i,l in zip(idx, _labels([parts[i][k+1:] for i in idx], known)): label[i] = l
         if s=='train': known = [label[i] for i in idx]
-    return Listing(Path(path), files, split, label)
+    return split,label
+
+def folder_listing(
+    path # Folder of images
+)->Listing:
+    "Read parts and labels off the folders"
+    files = folder_files(path)
+    return Listing(Path(path), files, *_from_folders(path, files))
 
 # %% ../../nbs/core/02_images.ipynb #6e98be3b
 def _table(path):

@@ -151,10 +151,11 @@ def explain(
     why = f'What should keep samples apart and is not in place: {", ".join(missing)} ({there}).' if missing else f'Look for {_causes[kind]}.'
     return f'{_symptom[kind].format(**numbers)}. {why}'
 
-# %% ../../nbs/core/07_learner.ipynb #17bd7dbe
+# %% ../../nbs/core/07_learner.ipynb #38a934eb
 class CollapseMonitor(Callback):
     "After each epoch: spread and rank of held-out features, and a warning in words when they die"
     order,std,rank,z_std,diagnosis,cause = 44,None,None,None,None,None
+    least = 8 # samples; fewer may be alike by chance
     def __init__(self,
         n:int=1000, # Samples to look at
         every:int=1 # Epochs between two looks
@@ -175,6 +176,7 @@ class CollapseMonitor(Callback):
     def after_validate(self):
         if self.epoch % self.every and self.epoch != self.n_epoch-1: return
         h,_ = encode(self.method.encoder, self.dls.valid, self.n)
+        if len(h)<self.least: return
         self.std,self.rank = feature_std(h).item(),rankme(h).item()
         numbers = dict(std=self.std, rank=self.rank, dim=h.shape[1], z_std=self.z_std)
         early = self.epoch < min(5, self.n_epoch//4) # answers start close together, and move apart

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bounce', 'paint', 'bouncing_digits_dls', 'by_number', 'clip_listing', 'windows', 'video_dls', 'video_dl']
 
-# %% ../../nbs/core/02_video.ipynb #9c44e4d6
+# %% ../../nbs/core/02_video.ipynb #b15f1595
 import re, warnings
 from collections import defaultdict
 from dataclasses import replace
@@ -15,7 +15,7 @@ from fastai.data.core import DataLoaders
 from sklearn.datasets import load_digits
 from .data import DataInfo, ResidentDL, channel_stats, cut, make_dls
 from .images import (MODES, Listing, class_ids, default_mode, default_size, fits, folder_files,
-    load_images, probe, spaced, three_parts, warn_skipped, _depth, _labels, _split_names)
+    load_images, probe, spaced, three_parts, warn_skipped, _from_folders, _split_names)
 
 # %% ../../nbs/core/02_video.ipynb #bf476860
 def bounce(
@@ -115,21 +115,7 @@ def _clip_table(path, clips, label):
     if unknown: raise ValueError(f'{path/"clips.csv"} has the unknown split {sorted(unknown)}; known are {sorted(_split_names)}')
     return [_split_names[s] for s in split],[rows.get(c, {}).get(label) or None for c in clips]
 
-# %% ../../nbs/core/02_video.ipynb #dbb08199
-def _from_folders(path, clips):
-    "(split, label) of each clip from the folders above it"
-    parts = [c.split('/') for c in clips]
-    k = _depth(parts)
-    split = [_split_names.get(p[k].lower(), '') if len(p)>k+1 else '' for p in parts]
-    if not set(split)-{''}: return ['train']*len(clips),_labels([p[k:] for p in parts])
-    if not {'train','unlabelled'} & set(split): raise ValueError(f'{path} has a folder for {sorted(set(split)-{""})} but none called train')
-    label,known = [None]*len(clips),()
-    for s in ('train','valid','test'):
-        idx = [i for i,o in enumerate(split) if o==s]
-        for i,l in zip(idx, _labels([parts[i][k+1:] for i in idx], known)): label[i] = l
-        if s=='train': known = [label[i] for i in idx]
-    return split,label
-
+# %% ../../nbs/core/02_video.ipynb #138ed7e7
 def clip_listing(
     path, # Folder of clips
     label:str='label' # Column of clips.csv that holds the labels
