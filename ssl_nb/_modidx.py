@@ -801,6 +801,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ssl_nb.core.method._check_pretext': ('core/method.html#_check_pretext', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method._check_state': ('core/method.html#_check_state', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method._fail': ('core/method.html#_fail', 'ssl_nb/core/method.py'),
+                                    'ssl_nb.core.method._holds_tensor': ('core/method.html#_holds_tensor', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method._methods_of': ('core/method.html#_methods_of', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method._spoil': ('core/method.html#_spoil', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method.check_method': ('core/method.html#check_method', 'ssl_nb/core/method.py'),

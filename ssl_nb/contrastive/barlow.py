@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['cross_correlation', 'barlow_loss', 'BarlowTwins']
 
-# %% ../../nbs/contrastive/11_barlow.ipynb #bb75617e
+# %% ../../nbs/contrastive/11_barlow.ipynb #8f8b619f
 import torch
 import torch.nn.functional as F
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/11_barlow.ipynb #7cb20caa
+# %% ../../nbs/contrastive/11_barlow.ipynb #3349c82d
 def _standardise(z):
     "Mean 0 and variance 1 over the batch, in float32 at least"
-    return F.batch_norm(z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True, eps=1e-5)
+    return F.batch_norm(full_precision(z), None, None, training=True, eps=1e-5)
 
 def cross_correlation(
     z1, # (N,D) outputs for the first views, not normalised

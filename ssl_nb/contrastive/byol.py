@@ -13,12 +13,12 @@ from ..core.heads import cosine_momentum, ema_copy, ema_update, full_precision, 
 from .infonce import partner_accuracy
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/09_byol.ipynb #4b167a8e
+# %% ../../nbs/contrastive/09_byol.ipynb #1ad72b46
 def byol_loss(
     p, # (N,D) predictions, not normalised
     z, # (N,D) the target's projections, not normalised; pass them without gradient
 ): # Scalar from 0 to 4
-    "Squared distance of prediction and target on the sphere: 2 - 2 cos (Grill et al. 2020, eq. 2)"
+    "Squared distance of prediction and target on the sphere: 2 - 2 cos; the method adds both directions (Grill et al. 2020, eq. 2)"
     return 2 - 2*F.cosine_similarity(*full_precision(p, z), dim=1).mean()
 
 # %% ../../nbs/contrastive/09_byol.ipynb #65012f90

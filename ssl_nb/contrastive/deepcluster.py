@@ -13,7 +13,7 @@ from torch import nn
 from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/15_deepcluster.ipynb #657c82ca
+# %% ../../nbs/contrastive/15_deepcluster.ipynb #75e8d37f
 def unit(
     z # (N,D)
 ): # (N,D), at least in single precision
@@ -29,8 +29,8 @@ def spherical_kmeans(
     "k-means with cosines (Caron et al. 2018, eq. 2, on the sphere); a centroid without points moves to a random one"
     z,c = unit(z),unit(start)
     for _ in range(rounds):
-        total = torch.zeros_like(c).index_add_(0, (z @ c.T).argmax(1), z)
-        empty = total.norm(dim=1, keepdim=True) < 1e-6
+        label = (z @ c.T).argmax(1)
+        total,empty = torch.zeros_like(c).index_add_(0, label, z),label.bincount(minlength=len(c))[:,None]==0
         c = unit(torch.where(empty, z[torch.randint(len(z), (len(c),), device=z.device)], total))
     return c
 

@@ -39,7 +39,7 @@ def cross_entropy(
     different = 1 - torch.eye(*pairs.shape, dtype=pairs.dtype, device=pairs.device)
     return (pairs*different).sum()/different.sum()
 
-# %% ../../nbs/contrastive/17_dino.ipynb #51bcfce2
+# %% ../../nbs/contrastive/17_dino.ipynb #13e7d4c8
 def dino_loss(
     student, # (V,N,K) raw head outputs of V crops, or a list of (N,K); (N,K) for one crop
     teacher, # (T,N,K) of the first T of these crops; (N,K) for one crop, another than the student's
@@ -47,6 +47,9 @@ def dino_loss(
     temps=(0.1,0.04) # Temperatures of student and teacher (sec. 3.2)
 ): # Scalar; no gradient reaches the teacher
     "Cross-entropy of the student with the centred and sharpened teacher, all pairs of different crops (Caron et al. 2021, eq. 3)"
+    student,teacher = _stack(student),_stack(teacher)
+    if student.ndim != teacher.ndim or teacher.ndim==3 and not len(student) >= max(2, len(teacher)):
+        raise ValueError(f'give both sides as (crops,N,K), at least two crops to the student and no more to the teacher, or both as (N,K), got {tuple(student.shape)} and {tuple(teacher.shape)}')
     return cross_entropy(teacher_probs(teacher, center, temps[1]), student, temps[0])
 
 # %% ../../nbs/contrastive/17_dino.ipynb #44d9423d

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from ..core.heads import full_precision
 
-# %% ../../nbs/contrastive/01_infonce.ipynb #2a8aba22
+# %% ../../nbs/contrastive/01_infonce.ipynb #c1f8dc9f
 class _Crowd(torch.autograd.Function):
     "Log-sum-exp of the scores, rows by rows in one buffer that is used again and again"
     @staticmethod
@@ -35,11 +35,11 @@ class _Crowd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q,keys,out = ctx.saved_tensors
-        dq,dkeys = torch.empty_like(q),torch.zeros_like(keys)
+        dq,dkeys = torch.empty_like(q),torch.zeros_like(keys) if ctx.needs_input_grad[1] else None # a queue needs none
         for part,sim in _Crowd.blocks(q, keys, *ctx.args):
             push = sim.sub_(out[part,None]).exp_().mul_(grad[part,None]/ctx.args[0]) # probabilities
             torch.mm(push, keys, out=dq[part])
-            dkeys.addmm_(push.T, q[part])
+            if dkeys is not None: dkeys.addmm_(push.T, q[part])
         return dq,dkeys,None,None,None
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #c23e63a6
@@ -55,17 +55,17 @@ def crowd(
     with torch.autocast(q.device.type, enabled=False): # scores in full precision: the temperature magnifies what they lose
         return _Crowd.apply(*full_precision(q, keys), temp, skip, max(1, most//len(keys)))
 
-# %% ../../nbs/contrastive/01_infonce.ipynb #de447da7
+# %% ../../nbs/contrastive/01_infonce.ipynb #7f884707
 def info_nce(
     q, # (N,D) queries, not normalised
     k, # (N,D) keys; k[i] is the partner of q[i]
     queue=None, # (M,D) negatives, nobody's partner, that take the place of the batch's other keys (He et al. 2020, eq. 1)
-    temp:float=0.1 # Temperature
+    temp:float=0.1 # Temperature; a usual choice, van den Oord et al. have none
 ): # Scalar
     "InfoNCE with cosine scores (van den Oord et al. 2018, eq. 4): find each query's partner among the keys"
     q,k = [F.normalize(t, dim=1) for t in full_precision(q, k)]
     partner = (q*k).sum(1)/temp
-    below = crowd(q, k, temp) if queue is None else torch.logaddexp(partner, crowd(q, F.normalize(queue, dim=1), temp))
+    below = crowd(q, k, temp) if queue is None else torch.logaddexp(partner, crowd(q, F.normalize(full_precision(queue), dim=1), temp))
     return (below - partner).mean()
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #39a403f8

@@ -40,7 +40,7 @@ def sigreg(
         a = torch.randn(z.shape[-1], slices, device=z.device, dtype=z.dtype, generator=generator)
         return epps_pulley(z @ F.normalize(a, dim=0), knots, t_max).mean()
 
-# %% ../../nbs/contrastive/14_lejepa.ipynb #59ccfdf8
+# %% ../../nbs/contrastive/14_lejepa.ipynb #ab47aa16
 def lejepa_loss(
     zs, # V tensors (N,D), or one (V,N,D): projections of the views, not normalised
     lamb:float=0.05, # Weight of SIGReg, lambda (sec. 6.1)
@@ -49,6 +49,7 @@ def lejepa_loss(
 ): # Scalar
     "Agreement of the views, and SIGReg of each (Balestriero and LeCun 2025, algorithm 2)"
     z = full_precision(zs if torch.is_tensor(zs) else torch.stack(list(zs)))
+    if z.ndim != 3: raise ValueError(f'zs must be a list of views (N,D), or one tensor (V,N,D), got {tuple(z.shape)}')
     pred = (z - z.mean(0)).pow(2).mean()
     return (1-lamb)*pred + lamb*sigreg(z, slices, generator=generator)
 

@@ -21,7 +21,7 @@ def ctr(
     "InfoNCE times two temperatures (Chen et al. 2021, eq. 1 and algorithm 1)"
     return 2*temp*info_nce(q, k, temp=temp)
 
-# %% ../../nbs/contrastive/04_moco_v3.ipynb #a237479b
+# %% ../../nbs/contrastive/04_moco_v3.ipynb #8968e107
 def frozen_patches(
     encoder # Any encoder; without a patch embedding nothing happens
 )->bool: # Does it have one?
@@ -30,11 +30,11 @@ def frozen_patches(
     for l in layers: l.requires_grad_(False)
     return len(layers)>0
 
-def _head(n_in, hidden, n_out, layers):
+def _head(n_in, hidden, n_out, layers, last_norm=True):
     "Linear layers without bias, batch normalisation after each, the last without weights (`_build_mlp` of the authors)"
-    return nn.Sequential(mlp((n_in, *[hidden]*(layers-1), n_out), bias=False), nn.BatchNorm1d(n_out, affine=False))
+    return nn.Sequential(mlp((n_in, *[hidden]*(layers-1), n_out), bias=False), nn.BatchNorm1d(n_out, affine=False) if last_norm else nn.Identity())
 
-# %% ../../nbs/contrastive/04_moco_v3.ipynb #43b802fe
+# %% ../../nbs/contrastive/04_moco_v3.ipynb #20a43b88
 class MoCoV3(JointEmbedding):
     "Each view's query finds the other view's key among those of the batch (Chen, Xie and He 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -53,7 +53,7 @@ class MoCoV3(JointEmbedding):
         is_vit,d = any(hasattr(o, 'patch_embed') for o in encoder.modules()),encoder.num_features
         if freeze: frozen_patches(encoder)
         self.head = _head(d, hidden or d, dim, 3 if is_vit else 2)
-        self.predictor = _head(dim, hidden or d, dim, 2) if predictor else nn.Identity()
+        self.predictor = _head(dim, hidden or d, dim, 2, last_norm=is_vit) if predictor else nn.Identity()
         self.slow = ema_copy(nn.Sequential(encoder, self.head))
 
     def pretext(self, x):

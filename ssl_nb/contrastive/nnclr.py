@@ -5,29 +5,30 @@
 # %% auto #0
 __all__ = ['nearest_in', 'nnclr_loss', 'NNCLR']
 
-# %% ../../nbs/contrastive/06_nnclr.ipynb #0874ef3d
+# %% ../../nbs/contrastive/06_nnclr.ipynb #18600453
 import torch
 import torch.nn.functional as F
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from .infonce import info_nce, partner_accuracy
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/06_nnclr.ipynb #078f555b
+# %% ../../nbs/contrastive/06_nnclr.ipynb #e06bf3e3
 @torch.no_grad()
 def nearest_in(
-    support, # (M,D) vectors of length 1
+    support, # (M,D) vectors of earlier batches
     z # (N,D) projections, not normalised
-): # (N,D) rows of the support set
+): # (N,D) rows of the support set, of length 1
     "The most similar vector of the support set, for each projection (Dwibedi et al. 2021, eq. 4)"
-    return support[(F.normalize(z.to(support.dtype), dim=1) @ support.T).argmax(1)]
+    q,s = [F.normalize(t, dim=1) for t in full_precision(z, support)]
+    with torch.autocast(z.device.type, enabled=False): return s[(q @ s.T).argmax(1)]
 
 def nnclr_loss(
     z, # (N,D) projections of one view, not normalised
     p, # (N,D) predictions from the other view, not normalised
-    support, # (M,D) vectors of length 1 from earlier batches
+    support, # (M,D) vectors from earlier batches
     temp:float=0.1 # Temperature (the paper's choice)
 ): # Scalar
-    "The neighbour of each projection must find the prediction of its picture (Dwibedi et al. 2021, eq. 3)"
+    "The neighbour of each projection must find the prediction of its picture, in one direction (Dwibedi et al. 2021, eq. 3)"
     return info_nce(nearest_in(support, z), p, temp=temp)
 
 # %% ../../nbs/contrastive/06_nnclr.ipynb #eb871b36

@@ -12,11 +12,11 @@ from ..core.heads import full_precision, mlp
 from .infonce import crowd
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/07_supcon.ipynb #81842f02
+# %% ../../nbs/contrastive/07_supcon.ipynb #ec5af153
 def supcon_loss(
     z, # (N,D) projections of all views, not normalised; two views of a batch are 2N rows
     y, # (N,) labels, repeated for each view; -1 is unknown, and no partner of anybody
-    temp:float=0.07 # Temperature; the default of the authors' code
+    temp:float=0.1 # Temperature (the paper's; the default of the authors' code is 0.07)
 ): # Scalar: mean over the views that have a partner
     "The supervised contrastive loss, mean outside of the logarithm (Khosla et al. 2020, eq. 2)"
     z = F.normalize(full_precision(z), dim=1)
@@ -43,9 +43,9 @@ def class_accuracy(
     z = F.normalize(z, dim=1)
     return (y[(z @ z.T).fill_diagonal_(float('-inf')).argmax(1)]==y).float().mean()
 
-# %% ../../nbs/contrastive/07_supcon.ipynb #57a17f3f
+# %% ../../nbs/contrastive/07_supcon.ipynb #e2940ce7
 class SupCon(JointEmbedding):
-    "All views of a class must find each other: SimCLR with labels, the supervised bound (Khosla et al. 2020)"
+    "All views of a class must find each other: SimCLR with labels, the supervised reference (Khosla et al. 2020)"
     uses_labels = True
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
     def __init__(self,

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['vicreg_terms', 'vicreg_loss', 'VICReg']
 
-# %% ../../nbs/contrastive/12_vicreg.ipynb #ce24ab7b
+# %% ../../nbs/contrastive/12_vicreg.ipynb #e1e7fde1
 from functools import partial
 import torch
 from torch import nn
 import torch.nn.functional as F
-from ..core.heads import mlp
+from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/12_vicreg.ipynb #4e86bb08
+# %% ../../nbs/contrastive/12_vicreg.ipynb #d5b6b10c
 def _std_hinge(z): return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
 
 def _off_diagonal(z):
@@ -27,8 +27,9 @@ def vicreg_terms(
     z2 # (N,D) outputs for the second views
 )->tuple: # (invariance, variance, covariance), three scalars
     "The three terms as the authors' released program scales them (Bardes et al. 2022, eq. 1 to 5)"
+    if len(z1)<2: raise ValueError(f'variance and covariance need more than one sample, got {len(z1)}')
     with torch.autocast(z1.device.type, enabled=False): # 16 bits are too few for a variance
-        z1,z2 = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2)]
+        z1,z2 = full_precision(z1, z2)
         return F.mse_loss(z1, z2),(_std_hinge(z1)+_std_hinge(z2))/2,_off_diagonal(z1)+_off_diagonal(z2)
 
 def vicreg_loss(

@@ -300,7 +300,7 @@ def figure(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/core/10_compare.ipynb #2188cb4a
+# %% ../../nbs/core/10_compare.ipynb #36a5b8d4
 def close_calls(
     t # From `ranking`, with a probe
 )->list: # Names
@@ -317,7 +317,8 @@ def advice(
         near,best_ref = close_calls(t),max((r for r in results['runs'] if r['method'] in references), key=lambda r: r.get('probe', 0))
         lines.append(f'{t.index[0]} comes first' + (f'; within the spread of the draws: {", ".join(near[1:])}.' if near[1:] else ', beyond the spread of the draws.'))
         lead,spread = t.probe.iloc[0]-best_ref['probe'],(t['± probe'].iloc[0]**2 + best_ref['± probe']**2)**0.5
-        if lead <= spread: lines.append(f'The {best_ref["method"]} is {"ahead of all" if lead<=0 else "within that spread, too"} ({best_ref["probe"]:.1f}): train longer, on more samples, or on larger pictures.')
+        if lead <= spread: lines.append(f'But the {best_ref["method"]} is {"ahead of all" if lead<=0 else "as good within its own spread"} ({best_ref["probe"]:.1f}): train longer, on more samples, or on larger pictures.')
+        lines.append('Each method was trained once: another seed may change the order of close ones.')
     else: lines.append(f'Fewer than two classes have six labels, so the order is by {" and ".join(label_free)}. {_trust()} {t.index[0]} comes first.')
     left = {r['method']: r['error'] for r in results['runs'] if 'error' in r}
     lines += [f'Left out: {k}: {v}' for k,v in left.items()]

@@ -234,7 +234,7 @@ class VideoEncoder(nn.Module):
         self.register_buffer('mean', torch.tensor(mean).view(1,-1,1,1))
         self.register_buffer('std', torch.tensor(std).view(1,-1,1,1))
 
-# %% ../../nbs/core/05_encoders.ipynb #e304fbc9
+# %% ../../nbs/core/05_encoders.ipynb #0c562ce1
 @patch
 def states(self:VideoEncoder,
     x # (B,C,F,H,W) in [0,1], any number of frames
@@ -247,7 +247,11 @@ def states(self:VideoEncoder,
     return self.gru(maps.unflatten(0, (len(x),-1)))
 
 @patch
-def forward_features(self:VideoEncoder, x): return self.states(x)[:,-1] # (B,D,h,w), the state after the last frame
+def forward_features(self:VideoEncoder,
+    x # (B,C,F,H,W)
+): # (B,D,h,w)
+    "The state after the last frame, which is all that may be known of the next one; the features are the mean over all frames"
+    return self.states(x)[:,-1]
 
 @patch
 def forward(self:VideoEncoder, x): return self.states(x).mean((1,3,4))

@@ -80,19 +80,20 @@ def raw_features(
     feats = [(bag_of_words(b[0], info.vocab_size) if info.modality=='text' else b[0].flatten(1), b[-1]) for b in dl]
     return torch.cat([h.float() for h,_ in feats]),torch.cat([y for _,y in feats])
 
-# %% ../../nbs/core/08_evaluate.ipynb #f8ac6127
+# %% ../../nbs/core/08_evaluate.ipynb #2ddc5afc
 @torch.no_grad()
 def random_copy(
     encoder, # Any module
     seed:int=0
 ): # The same architecture with new random weights
-    "A copy of the encoder as it was before any training"
+    "The same architecture, of which nothing has been trained"
     new = copy.deepcopy(encoder)
     torch.manual_seed(seed)
     for m in reversed(list(new.modules())): # the outermost last: what it says of its parts counts
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
     for p,q in zip(new.parameters(), encoder.parameters()):
-        if p.ndim>1 and torch.equal(p, q): p.normal_(0, float(q.std()))
+        if torch.equal(p, q) and p.ndim>1: p.normal_(0, float(q.std()))
+        elif torch.equal(p, q) and p.std()>0: p.fill_(float(q.mean())) # a trained vector, such as the scales of a timm layer
     return new
 
 # %% ../../nbs/core/08_evaluate.ipynb #6b71745d

@@ -68,7 +68,7 @@ def full_precision(
     wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in ts]
     return wide if len(ts)>1 else wide[0]
 
-# %% ../../nbs/core/06_heads.ipynb #406bb845
+# %% ../../nbs/core/06_heads.ipynb #90fdc419
 class _Reverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
@@ -81,7 +81,7 @@ def reverse_gradient(
     x, # Tensor of any shape
     scale:float=1. # Factor of the reversed gradient
 ): # The same values
-    "Identity whose gradient is multiplied by `-scale` (Ganin and Lempitsky 2015, sec. 3.1)"
+    "Identity whose gradient is multiplied by `-scale` (Ganin and Lempitsky 2015, sec. 3.2)"
     return _Reverse.apply(x, scale)
 
 # %% ../../nbs/core/06_heads.ipynb #9cb95626

@@ -209,7 +209,7 @@ class NanGuard(Callback):
         raise FloatingPointError(f'the loss is {float(self.loss)} in epoch {self.epoch}, batch {self.iter}, at learning rate '
                                  f'{self.opt.hypers[-1]["lr"]:.2g}; try a tenth of it, GradientClip, or a larger batch.{kept}')
 
-# %% ../../nbs/core/07_learner.ipynb #190a645d
+# %% ../../nbs/core/07_learner.ipynb #af0283b2
 class HistoryLog(Callback):
     "Every epoch's row of the training table, in `learn.history` and in a CSV file"
     order = 52
@@ -220,7 +220,10 @@ class HistoryLog(Callback):
         if not values: return # an epoch that was skipped because it is done already
         row = dict(zip(self.recorder.metric_names[1:], values))
         self.learn.history.append(dict(epoch=self.epoch, **{k: v if v is None else float(v) for k,v in row.items()}))
-        if self.path: pd.DataFrame(self.learn.history).to_csv(self.path, index=False)
+        if not self.path: return
+        tmp = Path(f'{self.path}.tmp')
+        pd.DataFrame(self.learn.history).to_csv(tmp, index=False)
+        os.replace(tmp, self.path) # complete at every moment
 
 # %% ../../nbs/core/07_learner.ipynb #740964a1
 def save_atomic(

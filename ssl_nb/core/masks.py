@@ -97,7 +97,7 @@ def block_mask(
     ids = block_ids(b, grid, scale, aspect, blocks, device, generator)
     return ids_to_mask(ids.flatten(1), grid[0]*grid[1])
 
-# %% ../../nbs/core/04_masks.ipynb #f1e6cd0f
+# %% ../../nbs/core/04_masks.ipynb #9ded869c
 def spread(
     starts, # (B,N) bool
     length, # M, positions in each span, at least 1
@@ -110,7 +110,7 @@ def spread(
 def span_mask(
     b,              # samples B
     n,              # positions N
-    prob=0.065,     # p, share of positions that start a span (wav2vec 2, section 3.1); at least one does
+    prob=0.065,     # p, share of positions that start a span (wav2vec 2, section 4.2); at least one does
     length=10,      # M, positions in each span
     device=None,
     generator=None, # of the same device; None for torch's own

@@ -44,17 +44,17 @@ def rankme(
     p = s/s.sum().clamp(min=1e-12) + eps
     return torch.exp(-(p*p.log()).sum())
 
-# %% ../../nbs/core/06_measures.ipynb #566e7cf3
+# %% ../../nbs/core/06_measures.ipynb #8f0bff77
 def alignment(
     h1, h2 # (N,D) features of two views of the same samples
 ): # Scalar from 0 (views agree) to 4
-    "Mean squared distance between the normalised features of two views (Wang and Isola 2020, eq. 1)"
+    "Mean squared distance between the normalised features of two views (Wang and Isola 2020, sec. 4.1)"
     return (F.normalize(h1, dim=1)-F.normalize(h2, dim=1)).pow(2).sum(1).mean()
 
 def uniformity(
     h # (N,D) features
 ): # Scalar from 0 (all the same) down to about -4
-    "Log of the mean Gaussian potential of all pairs of normalised features (Wang and Isola 2020, eq. 2)"
+    "Log of the mean Gaussian potential of all pairs of normalised features (Wang and Isola 2020, sec. 4.1)"
     return torch.pdist(F.normalize(h, dim=1)).pow(2).mul(-2).exp().mean().log()
 
 # %% ../../nbs/core/06_measures.ipynb #fdfa12ea
@@ -76,13 +76,13 @@ def knn_predict(
         preds.append(votes.scatter_add_(1, target[idx], (sim/temp).exp()).argmax(1))
     return classes[torch.cat(preds)]
 
-# %% ../../nbs/core/06_measures.ipynb #ddeb429c
+# %% ../../nbs/core/06_measures.ipynb #703f0d6a
 @torch.no_grad()
 def frechet_distance(
     h1, # (N,D) features of one set
     h2 # (M,D) features of the other
 ): # Scalar, squared units of the features: 0 for the same mean and covariance
-    "Squared Fréchet distance between the Gaussians of two sets of features (Heusel et al. 2017, sec. 2)"
+    "Squared Fréchet distance between the Gaussians of two sets of features (Heusel et al. 2017)"
     h1,h2 = h1.double(),h2.double()
     c1,c2 = [torch.atleast_2d(h.mT.cov()) for h in (h1, h2)]
     e,V = torch.linalg.eigh(c1)

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from fastai.callback.core import event
 
-# %% ../../nbs/core/01_method.ipynb #ecb9f33e
+# %% ../../nbs/core/01_method.ipynb #95a88485
 class Method(nn.Module):
     "A self-supervised method: it turns an unlabelled batch into a supervised problem"
     modality = 'image'            # which kind of data it asks about: 'image', 'text', 'video', or 'pairs' of image and text
     default_encoder = 'small_cnn' # used where none is named; see `core.encoders`
     default_data = None           # data that comes with the library, used where none is named; by default that of the modality
     min_batch = 1                 # the smallest batch for which the loss has a meaning
-    uses_labels = False           # hand the labels to `pretext` as well? Only a supervised bound needs them
+    uses_labels = False           # hand the labels to `pretext` as well? Only a supervised reference needs them
     recipe = dict(epochs=50, batch_size=256, lr=2e-3, wd=0.05) # for the embedded data on a laptop
     def __init__(self,
         encoder, # Turns a clean batch into features (B, num_features); the only part that outlives pre-training
@@ -117,15 +117,20 @@ def _check_gradients(method, inputs, targets):
     dead = [n for n,p in method.named_parameters() if p.requires_grad and p.grad is None]
     if dead: _fail(method, f'no gradient reaches {", ".join(dead[:5])}; freeze (requires_grad_(False)) or use it')
 
-# %% ../../nbs/core/01_method.ipynb #792fb66d
+# %% ../../nbs/core/01_method.ipynb #7a74b4f3
 def _spoil(method):
     with torch.no_grad():
         for t in [*method.parameters(), *method.buffers()]:
             if t.is_floating_point(): t.add_(torch.rand_like(t))
 
+def _holds_tensor(v):
+    "Is it a tensor that is no parameter, or a container with one in it?"
+    v = v.values() if isinstance(v, dict) else v if isinstance(v, (list,tuple,set)) else [v]
+    return any(torch.is_tensor(t) and not isinstance(t, torch.nn.Parameter) for t in v)
+
 def _check_state(method, inputs, targets):
     for name,m in method.named_modules():
-        loose = [k for k,v in vars(m).items() if torch.is_tensor(v)]
+        loose = [k for k,v in vars(m).items() if k != '_buffers' and _holds_tensor(v)]
         if loose: _fail(method, f'{name or "the method"} keeps the tensor {loose[0]} outside its state; use register_buffer')
     method.eval()
     other = copy.deepcopy(method)

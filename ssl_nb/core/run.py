@@ -45,7 +45,7 @@ def default_data(
     "The data that comes with the library: the first of its kind"
     return next((k for k,(kind,_) in named_data.items() if kind==modality), 'digits')
 
-# %% ../../nbs/core/09_run.ipynb #bd9f3d41
+# %% ../../nbs/core/09_run.ipynb #e7b7eaa1
 def get_dls(
     data, # A name of `named_data`, or a path; None takes what comes with the library
     modality:str='image', # 'image', 'text' or 'video'
@@ -58,7 +58,8 @@ def get_dls(
     if data in named_data:
         kind,make = named_data[data]
         if kind != modality: raise ValueError(f'{data!r} is {kind}, but this method asks about {modality}; use {default_data(modality)!r} or a path')
-        return make(**kwargs, **({'size': size} if size and kind=='video' else {}))
+        if size and kind != 'video': raise ValueError(f'{data!r} comes in one size; leave out the size')
+        return make(**kwargs, **({'size': size} if size else {}))
     if not Path(data).expanduser().exists(): raise FileNotFoundError(f'no data at {data!r}: give {default_data(modality)!r}, or a folder or file that exists')
     if modality=='text': return text.text_dls(data, tokenizer=tokenizer, **kwargs)
     return (video_dls if modality=='video' else image_dls)(data, size=size, **kwargs)
@@ -89,7 +90,7 @@ def run_folder(
         raise FileExistsError(f'{out} already holds a run; go on with it (--resume), or choose another folder (--out)')
     return out
 
-# %% ../../nbs/core/09_run.ipynb #e3468311
+# %% ../../nbs/core/09_run.ipynb #57f9f20a
 def _versions(): return dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__)
 
 def run_config(
@@ -103,6 +104,7 @@ def run_config(
     if data not in named_data: data = str(Path(data).expanduser().resolve())
     for k,v in dict(epochs=epochs, batch_size=batch_size, size=size).items():
         if v is not None and v<1: raise ValueError(f'{k} must be at least 1, got {v}')
+    if lr is not None and not lr>0: raise ValueError(f'lr must be above 0, got {lr}')
     return dict(method=method.lower(), data=data, encoder=encoder or cls.default_encoder, epochs=epochs or r['epochs'], batch_size=batch_size or r['batch_size'],
                 lr=lr or r['lr'], wd=r['wd'], seed=seed, size=size, device=pick_device(device), versions=_versions())
 
