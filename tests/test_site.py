@@ -77,6 +77,11 @@ def test_every_page_links_to_colab(site):
     assert not without, f'no link to Colab on {without}'
 
 
+def test_every_page_has_an_icon(site): # without one, a browser asks for /favicon.ico and reports that it is missing
+    without = [p for p in pages(site) if not re.search(r'<link [^>]*rel="[^"]*\bicon"', (site/p).read_text(encoding='utf-8'))]
+    assert not without, f'no icon on {without}'
+
+
 def test_sidebar_lists_every_page(site):
     home = Links((site/'index.html').read_text(encoding='utf-8')).links
     missing = [p for p in pages(site) if p!='index.html' and not any(unquote(l).removeprefix('./')==p for l in home)]
