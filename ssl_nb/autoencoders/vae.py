@@ -28,7 +28,7 @@ def reparameterize(
     "The same noise at the right place and of the right size (Kingma and Welling 2014, sec. 2.4)"
     return mu + (0.5*logvar).exp()*eps
 
-# %% ../../nbs/autoencoders/04_vae.ipynb #9c04444a
+# %% ../../nbs/autoencoders/04_vae.ipynb #ca014944
 def normal_log_likelihood(
     x, pred, # Pictures (B,...) and the means that were painted of them
     sigma # Standard deviation of every pixel, in units of brightness: a number, or a scalar tensor
@@ -43,7 +43,7 @@ def elbo(
     pred, # (B,...) what was painted from codes drawn from N(mu, exp(logvar))
     mu, logvar, # (B,D)
     sigma=0.15, # Standard deviation of a pixel
-    beta=1. # Factor of the price (Higgins et al. 2017); above 1 it subtracts more and stays a bound on log p(x), below 1 it is none
+    beta=1. # Factor of the price (Higgins et al. 2017); above 1 it subtracts more and stays a bound on log p(x), below 1 it need not be one
 ): # Scalar, in nats a picture: to be maximised
     "One draw's estimate of E log p(x|z) - beta KL(q(z|x) || p(z)) (Kingma and Welling 2014, eq. 3)"
     return normal_log_likelihood(x, pred, sigma) - beta*kl_normal(mu, logvar)
