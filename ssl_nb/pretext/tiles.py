@@ -137,10 +137,10 @@ class Tiles(nn.Module):
 
     def extra_repr(self): return f'grid={self.grid}, gap={self.gap}, jitter={self.jitter}, size={self.size}, even={self.even}, colour={self.colour}'
 
-# %% ../../nbs/pretext/00_tiles.ipynb #82fcaf55
+# %% ../../nbs/pretext/00_tiles.ipynb #1689d2a5
 def tiles_for(
     info, # `dls.info`
-    gap:float=0. # Width of the gap, in sides of a tile
+    gap:float=0. # Average width of the gap, in sides of a cell (tile and jitter); at least the jitter
 )->Tiles:
     "Tiles that suit the data: 2 a side below 24 pixels, 3 from there on with gap, jitter and even brightness"
     crops = {'scale': (0.6,1.)} | info.views | {'jitter': 0., 'grey': 0., 'flip': 0.}
