@@ -56,7 +56,7 @@ def order_loss(
     total = F.cross_entropy(pred.float(), target, ignore_index=-100, reduction='sum')
     return total/(target!=-100).sum().clamp(min=1)
 
-# %% ../../nbs/pretext/10_sentence_order.ipynb #48d48dbf
+# %% ../../nbs/pretext/10_sentence_order.ipynb #6e893da2
 class SentenceOrder(Method):
     "In which order did these parts of a text stand? `k=2` is ALBERT's sentence-order prediction (Lan et al. 2020)"
     modality,default_encoder = 'text','small_text'
@@ -65,7 +65,7 @@ class SentenceOrder(Method):
         encoder, # Turns tokens (B,L) into features
         k:int=2, # Parts of a text, 2 to 5; there are k! answers
         stops=(), # Tokens that end a sentence; without them texts are cut in equal parts
-        equal:bool=True, # Parts of equal length, without the last full stop? Otherwise lengths and ends give the order away
+        equal:bool=True, # Parts of equal length, one token shorter than the shortest part? Otherwise lengths and ends give the order away
         tokenizer=None # To show words instead of numbers
     ):
         super().__init__(encoder)
