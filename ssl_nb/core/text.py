@@ -168,7 +168,7 @@ def _table(file, text='text', label='label', split='split'):
     get = lambda c: df[c].tolist() if c in df else [None]*len(df)
     return [(part or s, l, t, f'{file.name}:{i}') for i,(s,l,t) in enumerate(zip(get(split), get(label), get(text)), 1)]
 
-# %% ../../nbs/core/02_text.ipynb #cc0103f4
+# %% ../../nbs/core/02_text.ipynb #ff493141
 def _utf8(b):
     "Bytes to str, or None where they are not UTF-8"
     try: return b.decode('utf-8-sig')
@@ -178,12 +178,15 @@ def _lines(file):
     "A text file as rows, one text a line"
     return [(_kind(file)[1], None, _utf8(l), f'{file.name}:{i}') for i,l in enumerate(file.read_bytes().splitlines(), 1)]
 
+_no_label = {'unsup','unlabelled','unlabeled'}
+
 def _text_file(file, folder):
     "A file of a folder as one row: `<split>/<class>/x.txt`, both optional"
     *dirs,_ = file.relative_to(folder).parts
     split = _splits.get(dirs[0].lower()) if dirs else None
     dirs = dirs[1:] if split else dirs
-    return split, (dirs[0] if dirs else None), _utf8(file.read_bytes()), str(file.relative_to(folder))
+    known = dirs and dirs[0].lower() not in _no_label
+    return split, (dirs[0] if known else None), _utf8(file.read_bytes()), str(file.relative_to(folder))
 
 # %% ../../nbs/core/02_text.ipynb #41791d8c
 def _folder(folder, **columns):
