@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['references', 'label_free', 'evidence', 'overlap', 'agreement', 'view_agreement', 'few_label_score', 'guess_modality',
-           'candidates', 'settings', 'thin', 'load', 'measure', 'try_method', 'run_all', 'write_json', 'compare',
-           'free_score', 'ranking', 'text_ranking', 'figure', 'close_calls', 'advice', 'compare_folder']
+           'candidates', 'settings', 'thin', 'load', 'measure', 'try_method', 'run_all', 'compare', 'free_score',
+           'ranking', 'text_ranking', 'figure', 'close_calls', 'advice', 'compare_folder']
 
-# %% ../../nbs/core/10_compare.ipynb #c9ff4685
+# %% ../../nbs/core/10_compare.ipynb #fbd5f5e5
 import json, multiprocessing, os, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
@@ -18,7 +18,7 @@ from .data import ResidentDL, finish_dls
 from .encoders import create_encoder
 from .evaluate import draw_labels, few_label_accuracy, fit_batchnorm, raw_features
 from .images import image_dls
-from .learner import seed_everything, ssl_learner
+from .learner import seed_everything, ssl_learner, write_json
 from .measures import encode, feature_std, rankme
 from .method import find_methods, get_method
 from .plot import nearest_ids
@@ -190,7 +190,7 @@ def _train(name, cfg, dls):
     return m.encoder,dict(encoder=kind, seconds=time.perf_counter()-start, accuracy=last.get('accuracy'), loss=last['valid_loss'],
                           diagnosis=monitor.diagnosis, cause=monitor.cause)
 
-# %% ../../nbs/core/10_compare.ipynb #7a412350
+# %% ../../nbs/core/10_compare.ipynb #62b99e72
 def run_all(
     function, # Called with each job's arguments; importable by name
     jobs:list, # Tuples of arguments
@@ -204,15 +204,6 @@ def run_all(
         return
     with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context('spawn')) as pool:
         yield from show(f.result() for f in as_completed([pool.submit(function, *j) for j in jobs]))
-
-def write_json(
-    path, # File
-    obj # What to write
-):
-    "Write to a temporary name, then rename, so that the file is whole at every moment"
-    tmp = Path(path).with_suffix('.tmp')
-    tmp.write_text(json.dumps(obj, indent=1))
-    os.replace(tmp, path)
 
 # %% ../../nbs/core/10_compare.ipynb #846ee5e1
 references = 'raw input','random encoder'

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Pretext', 'MethodMetric', 'seed_everything', 'EpochSeed', 'OnlineKNN', 'diagnose', 'explain', 'CollapseMonitor',
-           'Throughput', 'NanGuard', 'HistoryLog', 'save_atomic', 'plain', 'Checkpoint', 'decay_groups',
-           'precision_cbs', 'ssl_learner']
+           'Throughput', 'NanGuard', 'whole_file', 'write_json', 'HistoryLog', 'save_atomic', 'plain', 'Checkpoint',
+           'decay_groups', 'precision_cbs', 'ssl_learner']
 
-# %% ../../nbs/core/07_learner.ipynb #3e2007f0
-import math, os, random, time, warnings
+# %% ../../nbs/core/07_learner.ipynb #9c52d890
+import json, math, os, random, time, warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -209,7 +210,25 @@ class NanGuard(Callback):
         raise FloatingPointError(f'the loss is {float(self.loss)} in epoch {self.epoch}, batch {self.iter}, at learning rate '
                                  f'{self.opt.hypers[-1]["lr"]:.2g}; try a tenth of it, GradientClip, or a larger batch.{kept}')
 
-# %% ../../nbs/core/07_learner.ipynb #af0283b2
+# %% ../../nbs/core/07_learner.ipynb #56939ce2
+@contextmanager
+def whole_file(
+    path # Where to
+): # Gives the temporary name to write to
+    "What is written inside takes the name `path` at the end, so that `path` is complete at every moment"
+    path = Path(path)
+    tmp = path.with_name(path.name+'.tmp')
+    yield tmp
+    os.replace(tmp, path)
+
+def write_json(
+    path, # File
+    obj # What to write
+):
+    "Write a JSON file that is complete at every moment"
+    with whole_file(path) as f: f.write_text(json.dumps(obj, indent=1))
+
+# %% ../../nbs/core/07_learner.ipynb #625b6ac6
 class HistoryLog(Callback):
     "Every epoch's row of the training table, in `learn.history` and in a CSV file"
     order = 52
@@ -221,22 +240,17 @@ class HistoryLog(Callback):
         row = dict(zip(self.recorder.metric_names[1:], values))
         self.learn.history.append(dict(epoch=self.epoch, **{k: v if v is None else float(v) for k,v in row.items()}))
         if not self.path: return
-        tmp = Path(f'{self.path}.tmp')
-        pd.DataFrame(self.learn.history).to_csv(tmp, index=False)
-        os.replace(tmp, self.path) # complete at every moment
+        with whole_file(self.path) as f: pd.DataFrame(self.learn.history).to_csv(f, index=False)
 
-# %% ../../nbs/core/07_learner.ipynb #740964a1
+# %% ../../nbs/core/07_learner.ipynb #da9bd4a2
 def save_atomic(
     state, # Tensors, numbers, strings, lists and dicts
     path # Where to
 ):
-    "Write to a temporary name, then rename, so that `path` is complete at every moment"
-    path = Path(path)
-    tmp = path.with_name(path.name+'.tmp')
-    with open(tmp, 'wb') as f:
+    "Save with torch, on the disk before the file takes its name"
+    with whole_file(path) as tmp, open(tmp, 'wb') as f:
         torch.save(state, f)
         f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path)
 
 # %% ../../nbs/core/07_learner.ipynb #3fa6330d
 def plain(x):

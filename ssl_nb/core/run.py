@@ -6,8 +6,8 @@
 __all__ = ['named_data', 'pick_device', 'default_data', 'get_dls', 'run_folder', 'run_config', 'build', 'pretrain', 'load_run',
            'report_run', 'embed']
 
-# %% ../../nbs/core/09_run.ipynb #cb51382a
-import json, os, platform
+# %% ../../nbs/core/09_run.ipynb #14b596bd
+import json, platform
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from .data import DataInfo, digits_dls, photos_dls
 from .encoders import create_encoder, load_encoder, save_encoder
 from .evaluate import report
 from .images import image_dl, image_dls
-from .learner import Checkpoint, seed_everything, ssl_learner
+from .learner import Checkpoint, seed_everything, ssl_learner, write_json
 from .measures import encode
 from .method import get_method
 from .plot import plot_embedding, plot_training, show_pretext
@@ -64,12 +64,7 @@ def get_dls(
     if modality=='text': return text.text_dls(data, tokenizer=tokenizer, **kwargs)
     return (video_dls if modality=='video' else image_dls)(data, size=size, **kwargs)
 
-# %% ../../nbs/core/09_run.ipynb #eb8b4354
-def _write_json(path, obj):
-    tmp = path.with_name(path.name+'.tmp')
-    tmp.write_text(json.dumps(obj, indent=2))
-    os.replace(tmp, path)
-
+# %% ../../nbs/core/09_run.ipynb #1416d3d3
 def run_folder(
     out, # Where the run should go; None finds a free name under runs/
     name:str, # Such as 'simclr-digits'
@@ -120,7 +115,7 @@ def build(
     seed_everything(cfg['seed'])
     return dls,cls.for_data(create_encoder(cfg['encoder'], dls.info), dls).to(cfg['device'])
 
-# %% ../../nbs/core/09_run.ipynb #98cd97b4
+# %% ../../nbs/core/09_run.ipynb #538dc9ba
 def pretrain(
     method:str, # Name of the method's notebook, such as 'simclr'
     data=None, # A name of `named_data`, or a path; None takes what comes with the library
@@ -135,7 +130,7 @@ def pretrain(
     if (out/'config.json').exists(): cfg = json.loads((out/'config.json').read_text()) | {'device': cfg['device']}
     if cfg['method'] != method.lower(): raise ValueError(f"{out} holds a run of {cfg['method']}, not of {method}")
     dls,m = build(cfg)
-    _write_json(out/'config.json', cfg | {'info': asdict(dls.info)})
+    write_json(out/'config.json', cfg | {'info': asdict(dls.info)})
     if hasattr(dls, 'tokenizer'): dls.tokenizer.save(str(out/'tokenizer.json'))
     _save_figure(lambda: show_pretext(m, dls), out/'pretext.png')
     print(f"{cfg['method']} on {dls.info.name}: {dls.train.n} training samples, {cfg['encoder']} on {cfg['device']}, {cfg['epochs']} epochs -> {out}", flush=True)
@@ -163,7 +158,7 @@ def load_run(
     if not (run/'encoder'/'config.json').exists(): raise FileNotFoundError(f'{run} is not finished; go on with: ssl_nb pretrain {cfg["method"]} --out {run} --resume')
     return cfg,load_encoder(run/'encoder')
 
-# %% ../../nbs/core/09_run.ipynb #eaf5c8c8
+# %% ../../nbs/core/09_run.ipynb #9ab932a5
 def report_run(
     run, # Folder of a finished run
     dls=None, encoder=None, # Where they are at hand already
@@ -179,7 +174,7 @@ def report_run(
     epochs = json.loads((run/'config.json').read_text())['epochs']
     print('report: raw input, random encoder, this encoder' + (', and one trained with labels' if dls.info.classes else ''), flush=True)
     rep = report(encoder, dls, supervised=min(20, epochs))
-    _write_json(run/'report.json', rep.to_dict())
+    write_json(run/'report.json', rep.to_dict())
     h,y = encode(encoder, dls.test or dls.valid, 1000)
     if len(h)>10: _save_figure(lambda: plot_embedding(h, y, dls.info.classes), run/'embedding.png')
     return rep
