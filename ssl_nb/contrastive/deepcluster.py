@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['unit', 'spherical_kmeans', 'deepcluster_loss', 'DeepCluster']
 
-# %% ../../nbs/contrastive/15_deepcluster.ipynb #27d59a1e
+# %% ../../nbs/contrastive/15_deepcluster.ipynb #2aecf268
 from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
@@ -46,7 +47,7 @@ def deepcluster_loss(
         z = unit(z)
         return F.cross_entropy(z @ unit(centroids).to(z.dtype).T/temp, y)
 
-# %% ../../nbs/contrastive/15_deepcluster.ipynb #42e11da0
+# %% ../../nbs/contrastive/15_deepcluster.ipynb #2e84a363
 class DeepCluster(JointEmbedding):
     "Predict the other view's cluster, where k-means on the latest projections makes the clusters (Caron et al. 2018, 2020)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -76,23 +77,29 @@ class DeepCluster(JointEmbedding):
         return deepcluster_loss(torch.cat(pred), torch.cat([y2, y1]), self.centroids, self.temp)
     def update(self, pct): self.centroids.copy_(spherical_kmeans(self.memory, self.centroids, self.rounds))
 
-    @torch.no_grad()
-    def remember(self, z):
-        "Put projections (N,D) in front of the memory; the first ones fill it"
-        z,m = unit(z),len(self.memory)
-        full = z.repeat(-(-m//len(z)), 1)[:m].to(self.memory)
-        shifted = torch.cat([z.to(self.memory), self.memory])[:m]
-        self.memory.copy_(torch.where(self.memory.any(), shifted, full))
+# %% ../../nbs/contrastive/15_deepcluster.ipynb #a799d6b7
+@patch
+@torch.no_grad()
+def remember(self:DeepCluster, z):
+    "Put projections (N,D) in front of the memory; the first ones fill it"
+    z,m = unit(z),len(self.memory)
+    full = z.repeat(-(-m//len(z)), 1)[:m].to(self.memory)
+    shifted = torch.cat([z.to(self.memory), self.memory])[:m]
+    self.memory.copy_(torch.where(self.memory.any(), shifted, full))
 
-    @torch.no_grad()
-    def assign(self, pred):
-        "The nearest centroid of each projection"
-        with torch.autocast(pred[0].device.type, enabled=False):
-            return [(unit(z) @ self.centroids.to(unit(z)).T).argmax(1) for z in pred]
+@patch
+@torch.no_grad()
+def assign(self:DeepCluster, pred):
+    "The nearest centroid of each projection"
+    with torch.autocast(pred[0].device.type, enabled=False):
+        return [(unit(z) @ self.centroids.to(unit(z)).T).argmax(1) for z in pred]
 
-    def answers(self, pred): return F.one_hot(self.assign(pred[:1])[0], len(self.centroids)).float()
-    def metrics(self, pred):
-        y1,y2 = self.assign(pred)
-        share = y1.bincount(minlength=len(self.centroids))/len(y1)
-        return dict(accuracy=(y1==y2).float().mean(), used=torch.special.entr(share).sum().exp())
-    def guards(self): return {'clustering': self.rounds>0}
+@patch
+def answers(self:DeepCluster, pred): return F.one_hot(self.assign(pred[:1])[0], len(self.centroids)).float()
+@patch
+def metrics(self:DeepCluster, pred):
+    y1,y2 = self.assign(pred)
+    share = y1.bincount(minlength=len(self.centroids))/len(y1)
+    return dict(accuracy=(y1==y2).float().mean(), used=torch.special.entr(share).sum().exp())
+@patch
+def guards(self:DeepCluster): return {'clustering': self.rounds>0}

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['teacher_probs', 'cross_entropy', 'dino_loss', 'Directions', 'koleo', 'DINO', 'small_views']
 
-# %% ../../nbs/contrastive/17_dino.ipynb #aee62618
+# %% ../../nbs/contrastive/17_dino.ipynb #fc6fd699
 from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 from ..core.heads import cosine_momentum, ema_copy, ema_update, full_precision, mlp
 from ..core.views import TokenViews, default_views, image_views
 from .joint_embedding import JointEmbedding
@@ -72,7 +73,7 @@ def koleo(
         near = (z.detach() @ z.detach().T).fill_diagonal_(-2).argmax(1)
         return -(F.pairwise_distance(z, z[near], eps=eps) + eps).log().mean()
 
-# %% ../../nbs/contrastive/17_dino.ipynb #968414b6
+# %% ../../nbs/contrastive/17_dino.ipynb #83ebd74b
 class DINO(JointEmbedding):
     "Say of a crop what a slow copy of the network, centred and sharpened, says of another (Caron et al. 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -122,23 +123,29 @@ class DINO(JointEmbedding):
         loss = cross_entropy(p, pred[0], self.temps[0])
         return loss + self.koleo*sum(koleo(h) for h in pred[1]) if self.koleo else loss
 
-    def update(self, pct):
-        ema_update(self.teacher, nn.Sequential(self.encoder, self.head), cosine_momentum(pct, self.momentum))
-        if self.centring=='mean':
-            self.steps += 1
-            self.center.lerp_(self.batch_mean, (1/self.steps).clamp(min=1-self.m_center)) # a plain mean at first
+# %% ../../nbs/contrastive/17_dino.ipynb #14c63046
+@patch
+def update(self:DINO, pct):
+    ema_update(self.teacher, nn.Sequential(self.encoder, self.head), cosine_momentum(pct, self.momentum))
+    if self.centring=='mean':
+        self.steps += 1
+        self.center.lerp_(self.batch_mean, (1/self.steps).clamp(min=1-self.m_center)) # a plain mean at first
 
-    def metrics(self, pred, p):
-        entropy = -(p*p.clamp(min=1e-12).log()).sum(-1).mean()
-        return dict(entropy=entropy, kl=cross_entropy(p, pred[0], self.temps[0])-entropy)
+@patch
+def metrics(self:DINO, pred, p):
+    entropy = -(p*p.clamp(min=1e-12).log()).sum(-1).mean()
+    return dict(entropy=entropy, kl=cross_entropy(p, pred[0], self.temps[0])-entropy)
 
-    def answers(self, pred): return (full_precision(pred[0][0])/self.temps[0]).softmax(1)
-    def guards(self): return {'centring': self.centring is not None, 'sharpening': self.temps[1]<self.temps[0]}
+@patch
+def answers(self:DINO, pred): return (full_precision(pred[0][0])/self.temps[0]).softmax(1)
+@patch
+def guards(self:DINO): return {'centring': self.centring is not None, 'sharpening': self.temps[1]<self.temps[0]}
 
-    def show(self, x, inputs, targets):
-        rows = super().show(x, inputs[:2], targets)
-        for i,c in enumerate(inputs[2:]): rows[f'small crop {i+1}'] = super().show(x, (c, c), targets)['view 1']
-        return rows
+@patch
+def show(self:DINO, x, inputs, targets):
+    rows = JointEmbedding.show(self, x, inputs[:2], targets)
+    for i,c in enumerate(inputs[2:]): rows[f'small crop {i+1}'] = JointEmbedding.show(self, x, (c, c), targets)['view 1']
+    return rows
 
 # %% ../../nbs/contrastive/17_dino.ipynb #be6882f7
 def small_views(
