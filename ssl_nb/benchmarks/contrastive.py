@@ -6,15 +6,15 @@
 __all__ = ['columns', 'family', 'only', 'load', 'score', 'variant', 'run_one', 'config', 'results_file', 'machine', 'compare',
            'table', 'text_table', 'figure', 'protocol', 'parser', 'main']
 
-# %% ../../nbs/benchmarks/01_contrastive.ipynb #02725ef9
+# %% ../../nbs/benchmarks/01_contrastive.ipynb #2acba6fb
 import argparse, ast, json, os, platform, re, time, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
-from ..core.compare import run_all, thin, write_json
+from ..core.compare import run_all, thin
 from ..core.encoders import create_encoder
 from ..core.evaluate import few_label_accuracy, raw_features
-from ..core.learner import seed_everything, ssl_learner
+from ..core.learner import seed_everything, ssl_learner, write_json
 from ..core.measures import encode, rankme
 from ..core.method import find_methods, nearest
 from ..core.run import get_dls, pick_device
