@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ssl_nb.core.cli import main
-from ssl_nb.core.compare import compare, ranking, settings
+from ssl_nb.app.cli import main
+from ssl_nb.app.compare import compare, ranking, settings
 
 
 def photos(folder, n=24, classes=0, channels=3):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ssl_nb.benchmarks.contrastive import compare, config, family, results_file
-from ssl_nb.core.data import DataInfo, array_dls, digits_dls
+from ssl_nb.core.loader import DataInfo, array_dls, digits_dls
 from ssl_nb.core.encoders import create_encoder
 from ssl_nb.core.learner import ssl_learner
 from ssl_nb.core.method import check_method, find_methods

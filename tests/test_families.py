@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from ssl_nb.core.data import photos_dls
+from ssl_nb.data.embedded import photos_dls
 from ssl_nb.core.learner import ssl_learner
 from ssl_nb.core.method import find_methods
-from ssl_nb.core.run import build, run_config
+from ssl_nb.app.run import build, run_config
 
 METHODS = sorted(k for k, c in find_methods().items() if c.__module__.split('.')[1] in ('pretext', 'autoencoders'))
 IMAGES = [k for k in METHODS if find_methods()[k].modality=='image']
@@ -53,7 +53,7 @@ def test_colour_pictures_of_an_odd_size(name):
 @pytest.mark.parametrize('name', IMAGES)
 def test_text_is_refused_in_words(name):
     from ssl_nb.core.encoders import create_encoder
-    from ssl_nb.core.text import text_dls
+    from ssl_nb.data.text import text_dls
     dls = text_dls(['one short text', 'and another one', 'a third', 'the last of them']*4, bs=4)
     with pytest.raises((ValueError, TypeError), match='image|picture'):
         m = find_methods()[name].for_data(create_encoder('small_text', dls.info), dls)

@@ -169,12 +169,12 @@ def test_settings_ini_is_the_one_source():
 
 def test_readme_is_the_index():
     "README.md is nbs/index.ipynb, rendered; Quarto and nbconvert lay it out differently, so the words are compared"
-    from ssl_nb.core.docs import readme_text
+    from ssl_nb.app.docs import readme_text
     def words(text): return re.findall(r'\w+', re.sub(r'<!--.*?-->', '', text, flags=re.S))
     readme,index = words((ROOT/'README.md').read_text(encoding='utf-8')), words(readme_text(ROOT))
     where = next((i for i,(a,b) in enumerate(zip(readme, index)) if a!=b), min(len(readme), len(index)))
     assert readme==index, ('README.md is not what nbs/index.ipynb says, from "%s". To write it: ' % ' '.join(index[max(0,where-3):where+8]) +
-                           'python -c "from ssl_nb.core.docs import make_readme; make_readme()"')
+                           'python -c "from ssl_nb.app.docs import make_readme; make_readme()"')
 
 
 def test_readme_imports_what_exists():

@@ -7,12 +7,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ssl_nb.core.encoders # registers the small encoders with timm
-from ssl_nb.core.cli import main
-from ssl_nb.core.data import digits_dls
+from ssl_nb.app.cli import main
+from ssl_nb.core.loader import digits_dls
 from ssl_nb.core.method import check_method, find_methods, get_method
-from ssl_nb.core.run import build, run_config
+from ssl_nb.app.run import build, run_config
 
-command = [sys.executable, '-c', 'import sys; from ssl_nb.core.cli import main; sys.exit(main())'] # what the command ssl_nb does
+command = [sys.executable, '-c', 'import sys; from ssl_nb.app.cli import main; sys.exit(main())'] # what the command ssl_nb does
 
 
 @pytest.fixture(scope='module')

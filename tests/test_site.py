@@ -24,7 +24,7 @@ if not shutil.which('quarto') and not importlib.util.find_spec('smalldocs'):
 def site(tmp_path_factory):
     "The built site"
     out = tmp_path_factory.mktemp('site')/'_docs'
-    code = f'from ssl_nb.core.docs import build_docs; build_docs({str(out)!r})'
+    code = f'from ssl_nb.app.docs import build_docs; build_docs({str(out)!r})'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode==0, f'the site could not be built:\n{done.stderr[-3000:]}'
     out.with_name('warnings.txt').write_text('\n'.join(l for l in done.stderr.splitlines() if l.startswith('warning:')))

@@ -1,11 +1,11 @@
-"Folders of clips as users have them. What `nbs/core/02_video.ipynb` shows by example is not repeated here."
+"Folders of clips as users have them. What `nbs/data/06_video.ipynb` shows by example is not repeated here."
 import warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from ssl_nb.core.cli import main
+from ssl_nb.app.cli import main
 from ssl_nb.core.encoders import create_encoder, load_encoder, save_encoder
-from ssl_nb.core.video import bouncing_digits_dls, video_dl, video_dls
+from ssl_nb.data.video import bouncing_digits_dls, video_dl, video_dls
 
 def write_clip(folder, n=8, seed=0, side=16, channels=3, first=1):
     folder.mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_bad_tables(ten):
     with pytest.raises(ValueError, match="no column 'colour' to take labels from"): video_dls(ten, label='colour')
 
 def test_too_much_for_the_memory(ten, monkeypatch):
-    monkeypatch.setattr('ssl_nb.core.images.free_memory', lambda: 1000)
+    monkeypatch.setattr('ssl_nb.data.images.free_memory', lambda: 1000)
     with pytest.raises(ValueError, match='GiB of memory.*smaller size'): video_dls(ten)
 
 def test_grey_frames_and_size(tmp_path):
