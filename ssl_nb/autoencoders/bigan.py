@@ -104,7 +104,7 @@ def metrics(self:BiGAN, pred):
     return dict(accuracy=(real+painted)/2, real=real, painted=painted)
 
 @patch
-def answers(self:BiGAN, pred): return pred[3]
+def embedding(self:BiGAN, pred): return pred[3]
 @patch
 def guards(self:BiGAN): return {'costs for encoder and generator that do not saturate': not self.saturating, 'noise on the pictures': self.noise>0}
 

@@ -95,7 +95,7 @@ def metrics(self:GAN, pred):
     return dict(accuracy=(real+fake)/2, real=real, painted=fake)
 
 @patch
-def answers(self:GAN, pred): return pred[3].flatten(1)
+def embedding(self:GAN, pred): return pred[3].flatten(1)
 @patch
 def guards(self:GAN): return {'noise on what the discriminator sees': self.noise>0, 'a cost for the generator that does not saturate': not self.saturating}
 @patch

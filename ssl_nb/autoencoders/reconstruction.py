@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core.encoders import create_encoder
-from ..core.evaluate import train_supervised
+from ..evaluate.report import train_supervised
 from ..core.heads import Decoder
 from ..core.measures import encode, frechet_distance
 from ..core.method import Method
-from ..core.plot import show_rows
+from ..evaluate.plot import show_rows
 
 # %% ../../nbs/autoencoders/00_reconstruction.ipynb #706aa217
 class Reconstruction(Method):

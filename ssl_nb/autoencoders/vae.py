@@ -96,7 +96,7 @@ def metrics(self:VAE, pred, x):
     x_hat,mu,logvar = pred
     return dict(mse=(x_hat.float()-x).pow(2).mean(), kl=kl_normal(mu, logvar))
 @patch
-def answers(self:VAE, pred): return torch.cat([pred[1], (0.5*pred[2]).exp()], 1)
+def embedding(self:VAE, pred): return torch.cat([pred[1], (0.5*pred[2]).exp()], 1)
 @patch
 def guards(self:VAE): return {'beta of at most 1': self.beta<=1}
 @patch

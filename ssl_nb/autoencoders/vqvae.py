@@ -154,7 +154,7 @@ def from_words(self:VQVAE,
 def metrics(self:VQVAE, pred, x):
     return dict(mse=(pred[0].float()-x).pow(2).mean(), perplexity=perplexity(pred[3], len(self.codebook)))
 @patch
-def answers(self:VQVAE, pred): return pred[2].flatten(1)
+def embedding(self:VQVAE, pred): return pred[2].flatten(1)
 @patch
 def guards(self:VQVAE): return {'revival of dead codes': self.revive>0}
 @patch

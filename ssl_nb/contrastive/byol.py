@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core.heads import cosine_momentum, ema_copy, ema_update, full_precision, mlp
-from .infonce import partner_accuracy
+from .infonce import positive_accuracy
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/09_byol.ipynb #1ad72b46
@@ -50,5 +50,5 @@ class BYOL(JointEmbedding):
         m = cosine_momentum(pct, self.momentum) if self.momentum else 0.
         ema_update(self.target, nn.Sequential(self.encoder, self.head), m)
 
-    def metrics(self, pred, z1, z2): return dict(accuracy=partner_accuracy(pred[0], z2))
+    def metrics(self, pred, z1, z2): return dict(accuracy=positive_accuracy(pred[0], z2))
     def guards(self): return {'stop-gradient': True, 'predictor': not isinstance(self.predictor, nn.Identity), 'momentum encoder': self.momentum>0}

@@ -95,7 +95,7 @@ def assign(self:DeepCluster, pred):
         return [(unit(z) @ self.centroids.to(unit(z)).T).argmax(1) for z in pred]
 
 @patch
-def answers(self:DeepCluster, pred): return F.one_hot(self.assign(pred[:1])[0], len(self.centroids)).float()
+def embedding(self:DeepCluster, pred): return F.one_hot(self.assign(pred[:1])[0], len(self.centroids)).float()
 @patch
 def metrics(self:DeepCluster, pred):
     y1,y2 = self.assign(pred)

@@ -137,7 +137,7 @@ def metrics(self:DINO, pred, p):
     return dict(entropy=entropy, kl=cross_entropy(p, pred[0], self.temps[0])-entropy)
 
 @patch
-def answers(self:DINO, pred): return (full_precision(pred[0][0])/self.temps[0]).softmax(1)
+def embedding(self:DINO, pred): return (full_precision(pred[0][0])/self.temps[0]).softmax(1)
 @patch
 def guards(self:DINO): return {'centring': self.centring is not None, 'sharpening': self.temps[1]<self.temps[0]}
 

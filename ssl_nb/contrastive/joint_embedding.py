@@ -10,9 +10,10 @@ import torch
 from ..core.method import Method
 from ..core.views import default_views
 
-# %% ../../nbs/contrastive/00_joint_embedding.ipynb #d8aee824
+# %% ../../nbs/contrastive/00_joint_embedding.ipynb #0196f8ce
 class JointEmbedding(Method):
-    "Two random views of each sample should agree; a method says how, and what keeps different samples apart"
+    "Two random views of each sample should agree; subclasses say how, and what prevents collapse"
+    modality = None # any kind of data that has random views
     min_batch = 2
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
     def __init__(self,
@@ -23,13 +24,11 @@ class JointEmbedding(Method):
         self.views = views
 
     @classmethod
-    def for_data(cls, encoder, dls, **kwargs): return cls(encoder, **{'views': default_views(dls.info)} | kwargs)
+    def for_data(cls, encoder, dls, **kwargs):
+        return cls(encoder, **{'views': default_views(dls.info)} | kwargs)
 
     def pretext(self, x): return (self.views(x), self.views(x)), ()
     def forward(self, v1, v2): return self.head(self.encoder(torch.cat([v1, v2]))).chunk(2)
-    def answers(self, pred): return pred[0]
+    def embedding(self, pred): return pred[0]
     def show(self, x, inputs, targets):
-        rows = {'clean': x[0]} | {f'view {i+1}': v for i,v in enumerate(inputs)}
-        return rows if x[0].ndim==4 else {k: _as_text(v) for k,v in rows.items()}
-
-def _as_text(tokens): return [' '.join(str(t) if t else '_' for t in row) for row in tokens.tolist()]
+        return {'clean': x[0]} | {f'view {i+1}': v for i,v in enumerate(inputs)}

@@ -76,7 +76,7 @@ class LeJEPA(JointEmbedding):
     def loss(self, pred):
         fixed = None if self.training else torch.Generator(pred[0].device).manual_seed(0)
         return lejepa_loss(pred, self.lamb, self.slices, fixed)
-    def answers(self, pred):
+    def embedding(self, pred):
         z = pred[0].float()
         return torch.cat([z, z.new_full((len(z),1), z.shape[1]**0.5)], 1) # with a yardstick: a cloud that has shrunk to a point is collapsed
     def guards(self): return {'SIGReg': self.lamb > 0}

@@ -9,7 +9,7 @@ __all__ = ['nt_xent', 'SimCLR']
 import torch
 import torch.nn.functional as F
 from ..core.heads import full_precision, mlp
-from .infonce import crowd, partner_accuracy
+from .infonce import log_sum_exp, positive_accuracy
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/02_simclr.ipynb #d3373981
@@ -21,7 +21,7 @@ def nt_xent(
     "The normalised temperature-scaled cross-entropy loss (Chen et al. 2020, eq. 1)"
     z = F.normalize(torch.cat(full_precision(z1, z2)), dim=1) # (2N,D)
     own = torch.arange(len(z), device=z.device)
-    return (crowd(z, z, temp, skip=own) - (z*z.roll(len(z1), 0)).sum(1)/temp).mean()
+    return (log_sum_exp(z, z, temp, skip=own) - (z*z.roll(len(z1), 0)).sum(1)/temp).mean()
 
 # %% ../../nbs/contrastive/02_simclr.ipynb #14dd0ea6
 class SimCLR(JointEmbedding):
@@ -39,5 +39,5 @@ class SimCLR(JointEmbedding):
         self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim))
 
     def loss(self, pred): return nt_xent(*pred, self.temp)
-    def metrics(self, pred): return dict(accuracy=partner_accuracy(*pred))
+    def metrics(self, pred): return dict(accuracy=positive_accuracy(*pred))
     def guards(self): return {'negatives': True, 'temperature': self.temp >= 0.01}

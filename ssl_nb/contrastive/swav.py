@@ -95,7 +95,7 @@ class SwAV(JointEmbedding):
 def codes(self:SwAV, z): return sinkhorn(prototype_scores(z, self.prototypes), self.eps, self.iters)
 
 @patch
-def answers(self:SwAV, pred): return self.codes(pred[0])
+def embedding(self:SwAV, pred): return self.codes(pred[0])
 
 @patch
 def guards(self:SwAV): return {'equal partition': self.iters>0}

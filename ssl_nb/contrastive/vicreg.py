@@ -61,7 +61,7 @@ class VICReg(JointEmbedding):
         self.head = mlp((encoder.num_features, hidden, hidden, dim or hidden), partial(nn.BatchNorm1d, track_running_stats=False), bias=False)
 
     def loss(self, pred): return vicreg_loss(*pred, *self.weights)
-    def answers(self, pred):
+    def embedding(self, pred):
         z = pred[0].float() - pred[0].float().mean(0)
         return torch.cat([z, z.new_full((len(z),1), z.shape[1]**0.5)], 1) # with the yardstick
     def guards(self): return {'variance term': self.weights[1] > 0, 'covariance term': self.weights[2] > 0}

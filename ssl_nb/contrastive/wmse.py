@@ -77,5 +77,5 @@ class WMSE(JointEmbedding):
         if not self.whitening: return 2 - 2*F.cosine_similarity(*pred).mean()
         fixed = None if self.training else torch.Generator(pred[0].device).manual_seed(0)
         return wmse_loss(*pred, self.size, self.rounds, self.eps, fixed)
-    def answers(self, pred): return whiten(pred[0], self.eps) if self.whitening else pred[0]
+    def embedding(self, pred): return whiten(pred[0], self.eps) if self.whitening else pred[0]
     def guards(self): return {'whitening': self.whitening}

@@ -8,10 +8,11 @@ __all__ = ['resize_matrix', 'separable', 'resized_crop', 'uniform', 'central_box
            'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'ImageViews',
            'image_views', 'TokenViews', 'ClipViews', 'default_views']
 
-# %% ../../nbs/core/03_views.ipynb #e1240500
+# %% ../../nbs/core/03_views.ipynb #735ee09b
 import math, functools
 import torch
 from torch import nn
+from .loader import get_kind
 
 # %% ../../nbs/core/03_views.ipynb #f22e4303
 def resize_matrix(
@@ -338,11 +339,10 @@ class ClipViews(CropFlip):
         if x.ndim!=5: raise ValueError(f'views of clips take (B,C,F,H,W), got {tuple(x.shape)}')
         return super().forward(x.flatten(1,2)).unflatten(1, x.shape[1:3])
 
-# %% ../../nbs/core/03_views.ipynb #6913ee1d
+# %% ../../nbs/core/03_views.ipynb #bb027f3b
 def default_views(
-    info # `dls.info`, a `DataInfo`
+    info, # `dls.info`, a `DataInfo`
+    small:bool=False # A view of a small part, as DINO's small crops?
 ): # Function from a batch to one random view of it
-    "Random views that fit the data"
-    if info.modality=='text': return TokenViews(0.15)
-    if info.modality=='video': return ClipViews(info.size, **{k: v for k,v in info.views.items() if k in ('scale','ratio','flip')})
-    return image_views(info.size, **info.views)
+    "Random views that fit the data; its kind knows them"
+    return get_kind(info.kind).views(info, small)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core.masks import gather_tokens, token_mask
 from ..core.method import Method
-from ..core.text import CLS, MASK, SEP, SPECIALS, UNK, decode
+from ..data.text import CLS, MASK, SEP, SPECIALS, UNK, decode
 
 # %% ../../nbs/masked/02_bert.ipynb #efc2ba8b
 def mlm_loss(

@@ -9,10 +9,10 @@ __all__ = ['rgb_to_lab', 'lab_to_rgb', 'ab_bins', 'soft_encode', 'colour_prior',
 # %% ../../nbs/pretext/05_colorization.ipynb #15e62417
 import torch
 import torch.nn.functional as F
-from ..core.data import photos_dls
+from ..data.embedded import photos_dls
 from ..core.encoders import feature_map, map_channels
 from ..core.heads import Decoder
-from ..core.images import image_dls
+from ..data.images import image_dls
 from ..core.method import Method
 from ..core.views import image_views
 
@@ -193,7 +193,7 @@ def colours(self:Colorization, pred): return annealed_mean(pred, self.bins, self
 def metrics(self:Colorization, pred, ids, share):
     return dict(accuracy=(pred.argmax(1)==ids[:,0]).float().mean(), colourfulness=self.colours(pred).norm(dim=1).mean())
 @patch
-def answers(self:Colorization, pred): return self.colours(pred).flatten(1)
+def embedding(self:Colorization, pred): return self.colours(pred).flatten(1)
 
 @patch
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core.method import Method
-from ..core.text import CLS, PAD, SEP, decode
+from ..data.text import CLS, PAD, SEP, decode
 
 # %% ../../nbs/pretext/10_sentence_order.ipynb #c41c0895
 def cut_text(

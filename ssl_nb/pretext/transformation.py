@@ -10,7 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.method import Method, nearest
+from ..core.common import did_you_mean
+from ..core.method import Method
 from ..core.views import adjust_brightness, adjust_contrast, adjust_hue
 
 # %% ../../nbs/pretext/07_transformation.ipynb #4a7f811a
@@ -86,7 +87,7 @@ class TransformPrediction(Method):
         super().__init__(encoder)
         self.limits = {k: v for k,v in LIMITS.items() if k!='hue'} if limits is None else dict(limits)
         for k in self.limits:
-            if k not in LIMITS: raise ValueError(nearest(k, LIMITS, 'parameter in limits'))
+            if k not in LIMITS: raise ValueError(did_you_mean(k, LIMITS, 'parameter in limits'))
         if not self.limits or not 0<crop<=1: raise ValueError(f'limits needs a parameter and crop is a share of the side in (0,1], got {self.limits} and {crop}')
         self.padding,self.crop = padding,crop
         self.head = nn.Linear(2*encoder.num_features, len(self.limits))
@@ -105,7 +106,7 @@ class TransformPrediction(Method):
     def metrics(self, pred, target): # the share of the variance that is explained: all, then one by one
         share = 1-(pred.float()-target).pow(2).mean(0)
         return dict(accuracy=share.mean()) | dict(zip(self.limits, share))
-    def answers(self, pred): return pred
+    def embedding(self, pred): return pred
     def show(self, x, inputs, targets):
         v = parameters(targets[0]/math.sqrt(3), self.limits)
         signs = dict(angle='{:+.0f}°', scale='×{:.2f}')
