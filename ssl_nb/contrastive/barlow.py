@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..core.heads import full_precision, mlp
 from .joint_embedding import JointEmbedding
 
-# %% ../../nbs/contrastive/11_barlow.ipynb #3349c82d
+# %% ../../nbs/contrastive/11_barlow.ipynb #917f7886
 def _standardise(z):
     "Mean 0 and variance 1 over the batch, in float32 at least"
     return F.batch_norm(full_precision(z), None, None, training=True, eps=1e-5)
@@ -21,7 +21,7 @@ def cross_correlation(
     z2 # (N,D) outputs for the second views
 ): # (D,D)
     "How each feature of the first views goes with each of the second (Zbontar et al. 2021, eq. 2)"
-    with torch.autocast(z1.device.type, enabled=False): # 16 bits are too few for a sum over the batch
+    with torch.autocast(z1.device.type, enabled=False): # 16 bits: too few for a sum over samples
         return _standardise(z1).T @ _standardise(z2)/len(z1)
 
 def barlow_loss(
@@ -34,7 +34,7 @@ def barlow_loss(
     on = c.diagonal()
     return (on-1).pow(2).sum() + lambd*(c.pow(2).sum() - on.pow(2).sum())
 
-# %% ../../nbs/contrastive/11_barlow.ipynb #6b453d67
+# %% ../../nbs/contrastive/11_barlow.ipynb #b879e1dc
 class BarlowTwins(JointEmbedding):
     "Features that agree across views and are not redundant (Zbontar et al. 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=2e-3, wd=0.05)
@@ -42,7 +42,7 @@ class BarlowTwins(JointEmbedding):
         encoder, # Turns images into features
         views, # Makes one random view of a batch; see `core.views`
         lambd:float=5e-3, # Weight of the redundancy reduction term
-        hidden:int=None, # Width of the head's two hidden layers; by default twice that of the features
+        hidden:int=None, # Width of the head's two hidden layers; by default twice the features'
         dim:int=None # Length of the output; by default like `hidden`
     ):
         super().__init__(encoder, views)

@@ -51,17 +51,17 @@ def swav_loss(
     pairs = [-(q*p).sum(1).mean() for i,q in enumerate(codes) for j,p in enumerate(log_p) if i!=j]
     return sum(pairs)/len(pairs)
 
-# %% ../../nbs/contrastive/16_swav.ipynb #eb097305
+# %% ../../nbs/contrastive/16_swav.ipynb #362b393b
 def used(
     scores # (N,K)
 ): # Scalar from 1 to K
-    "Effective number of prototypes that are nearest to some sample: the exponential of the entropy of their shares"
+    "Effective number of prototypes in use: the exponential of the entropy of their shares"
     share = F.one_hot(scores.argmax(1), scores.shape[1]).float().mean(0)
     return torch.special.entr(share).sum().exp()
 
-# %% ../../nbs/contrastive/16_swav.ipynb #f3bbc84d
+# %% ../../nbs/contrastive/16_swav.ipynb #3fe33c72
 class SwAV(JointEmbedding):
-    "Predict the group of one view from the other, where the groups of a batch have equal size (Caron et al. 2020)"
+    "Predict the code of the other view: equal-sized online clusters (Caron et al. 2020)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
     def __init__(self,
         encoder, # Turns images into features
@@ -73,24 +73,33 @@ class SwAV(JointEmbedding):
         hidden:int=None, # Width of the projection's hidden layer; by default that of the features
         dim:int=128, # Length of the projection
         small=None, # Makes one small crop of a batch (multi-crop, sec. 3.2), or None
-        n_small:int=4 # Small crops a sample
+        n_small:int=4 # Small crops per sample
     ):
         super().__init__(encoder, views)
         self.temp,self.eps,self.iters,self.small,self.n_small = temp,eps,iters,small,n_small
         self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim))
         self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, dim), dim=1))
 
-    def pretext(self, x):
-        crops = [self.small(x) for _ in range(self.n_small)] if self.small else []
-        return (self.views(x), self.views(x), *crops), ()
-    def forward(self, v1, v2, *small):
-        h = [self.encoder(torch.cat(v)) for v in ((v1, v2), small) if v]
-        return self.head(torch.cat(h)).chunk(2+len(small))
-    def loss(self, pred): return swav_loss(*pred[:2], self.prototypes, pred[2:], self.temp, self.eps, self.iters)
     @torch.no_grad()
     def update(self, pct): self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
 
-# %% ../../nbs/contrastive/16_swav.ipynb #89cac680
+# %% ../../nbs/contrastive/16_swav.ipynb #1273fb68
+@patch
+def pretext(self:SwAV, x):
+    crops = [self.small(x) for _ in range(self.n_small)] if self.small else []
+    return (self.views(x), self.views(x), *crops), ()
+
+@patch
+def forward(self:SwAV, v1, v2, *small):
+    h = [self.encoder(torch.cat(v)) for v in ((v1, v2), small) if v]
+    return self.head(torch.cat(h)).chunk(2+len(small))
+
+@patch
+def loss(self:SwAV, pred):
+    z1,z2,*small = pred
+    return swav_loss(z1, z2, self.prototypes, small, self.temp, self.eps, self.iters)
+
+# %% ../../nbs/contrastive/16_swav.ipynb #de6e8eae
 @patch
 def codes(self:SwAV, z): return sinkhorn(prototype_scores(z, self.prototypes), self.eps, self.iters)
 
@@ -103,4 +112,5 @@ def guards(self:SwAV): return {'equal partition': self.iters>0}
 @patch
 def metrics(self:SwAV, pred):
     scores = prototype_scores(pred[0], self.prototypes)
-    return dict(accuracy=(scores.argmax(1)==self.codes(pred[1]).argmax(1)).float().mean(), used=used(scores))
+    right = scores.argmax(1)==self.codes(pred[1]).argmax(1)
+    return dict(accuracy=right.float().mean(), used=used(scores))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'ENDINGS', 'mode_of', 'to_mode', 'fit', 'read_image', 'load_images', 'probe', 'default_mode', 'default_size',
-           'ImageFiles', 'StreamDL', 'image_listing', 'image_dls', 'image_dl', 'Images']
+           'image_listing', 'ImageFiles', 'StreamDL', 'image_dls', 'image_dl', 'Images']
 
 # %% ../../nbs/data/04_images.ipynb #3ff5dca6
 import multiprocessing, os, sys, warnings
@@ -159,6 +159,16 @@ def default_size(seen):
     short = np.median([min(s) for _,s in seen])
     return int(np.clip(round(short/16)*16, 16, 128))
 
+# %% ../../nbs/data/04_images.ipynb #f24dd3fb
+_common = '.bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp'
+
+def image_listing(
+    path, # Folder, table, or one image
+    label='label' # Column of the label in a table, or several
+): # A `Listing`
+    "Image files, parts and labels of a folder or a table"
+    return listing(path, ENDINGS, 'images', _common, label)
+
 # %% ../../nbs/data/04_images.ipynb #0b63fb4b
 class ImageFiles:
     "Image files, decoded one by one; those that fail are marked in `failed`"
@@ -282,16 +292,7 @@ def _stream(files, y, parts, size, mode, root, info, bs, device, seed, workers):
     return [StreamDL(ds, p, bs=bs, shuffle=i==0, drop_last=i==0, device=device, seed=seed, workers=workers)
             for i,p in enumerate(parts) if len(p)]
 
-# %% ../../nbs/data/04_images.ipynb #30c84803
-_common = '.bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp'
-
-def image_listing(
-    path, # Folder, table, or one image
-    label='label' # Column of the label in a table, or several
-): # A `Listing`
-    "Image files, parts and labels of a folder or a table"
-    return listing(path, ENDINGS, 'images', _common, label)
-
+# %% ../../nbs/data/04_images.ipynb #e022b4f9
 def _check_used(l, path):
     "Are there files in the parts? Those beside them are counted and said"
     lost,total = l.split.count(''),len(l.files)

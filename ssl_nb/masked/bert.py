@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['mlm_loss', 'corrupt', 'chosen', 'BERT']
 
-# %% ../../nbs/masked/02_bert.ipynb #1069bca4
+# %% ../../nbs/masked/02_bert.ipynb #9328274d
 import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 from ..core.masks import gather_tokens, token_mask
-from ..core.method import Method
+from ..core.method import Method, check_modality
 from ..data.text import CLS, MASK, SEP, SPECIALS, UNK, decode
 
-# %% ../../nbs/masked/02_bert.ipynb #efc2ba8b
+# %% ../../nbs/masked/02_bert.ipynb #d2c6cc18
 def mlm_loss(
     logits, # (B,K,V) scores of every token of the vocabulary
     targets # (B,K) long, the true tokens; -100 where nothing is asked
 ): # Scalar; 0 if nothing is asked at all
     "Mean cross-entropy over the chosen positions (Devlin et al. 2019, sec. 3.1, task 1)"
-    total = F.cross_entropy(logits.flatten(0,1), targets.flatten(), ignore_index=-100, reduction='sum')
+    total = F.cross_entropy(logits.flatten(0,1), targets.flatten(), reduction='sum') # skips -100
     return total/(targets!=-100).sum().clamp(min=1)
 
-# %% ../../nbs/masked/02_bert.ipynb #cf529f39
+# %% ../../nbs/masked/02_bert.ipynb #7227df3c
 def corrupt(
     tokens, # (B,L) long
     mask, # (B,L) bool, the chosen positions
@@ -33,26 +34,33 @@ def corrupt(
     generator=None # Of the same device; None for torch's own
 ): # (B,L) long
     "Put `[MASK]`, a random token, or nothing new at the chosen positions"
-    u = torch.rand(tokens.shape, device=tokens.device, generator=generator)
-    other = torch.randint(len(SPECIALS), vocab_size, tokens.shape, device=tokens.device, generator=generator)
+    same = dict(device=tokens.device, generator=generator)
+    u = torch.rand(tokens.shape, **same)
+    other = torch.randint(len(SPECIALS), vocab_size, tokens.shape, **same)
     new = torch.where(u<shares[0], mask_id, torch.where(u<sum(shares), other, tokens))
     return torch.where(mask, new, tokens)
 
-# %% ../../nbs/masked/02_bert.ipynb #2f1ed93f
+# %% ../../nbs/masked/02_bert.ipynb #f1c2cd03
 def chosen(
     mask, # (B,L) bool
-    k:int # Positions a row
+    k:int # Positions per row
 ): # (B,K) long
     "The first `k` chosen positions of each row; where there are fewer, others follow"
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:,:k]
 
-# %% ../../nbs/masked/02_bert.ipynb #4edbeefc
+# %% ../../nbs/masked/02_bert.ipynb #368d71e9
+def _embedding(encoder):
+    if hasattr(encoder, 'embedding'): return encoder.embedding
+    raise ValueError(f'BERT reads text; {type(encoder).__name__} has no token embedding '
+                     '`embedding`, small_text has')
+
+# %% ../../nbs/masked/02_bert.ipynb #aa974939
 class BERT(Method):
-    "Which tokens were here? Masked language modelling (Devlin et al. 2019)"
-    modality,default_encoder = 'text','small_text'
+    "Masked language modelling: predict the hidden tokens (Devlin et al. 2019)"
+    modality = 'text'
     recipe = dict(epochs=4, batch_size=16, lr=5e-3, wd=0.05)
     def __init__(self,
-        encoder, # A text encoder with a token embedding `tokens`
+        encoder, # A text encoder with a token embedding, `encoder.embedding`
         ratio:float=0.15, # Share of the tokens that is chosen (sec. 3.1)
         mask_id:int=MASK, # Number of `[MASK]`
         special_ids=(UNK,CLS,SEP,MASK), # Never chosen; padding (0) never is
@@ -60,51 +68,60 @@ class BERT(Method):
         counts=None # (V,) how often each token occurs; the biases start there instead of at 0
     ):
         super().__init__(encoder)
-        if not isinstance(getattr(encoder, 'tokens', None), nn.Embedding): raise ValueError(f'BERT reads text; {type(encoder).__name__} has no token embedding `tokens`, small_text has')
-        self.ratio,self.mask_id,self.special_ids,self.tokenizer = ratio,mask_id,special_ids,tokenizer
-        self.vocab_size,dim = encoder.tokens.weight.shape
+        self.ratio,self.mask_id,self.special_ids = ratio,mask_id,special_ids
+        self.tokenizer = tokenizer
+        self.vocab_size,dim = _embedding(encoder).weight.shape
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
-        start = torch.zeros(self.vocab_size) if counts is None else F.log_softmax((counts.float()+1).log(), dim=0)
+        start = torch.zeros(self.vocab_size)
+        if counts is not None: start = F.log_softmax((counts.float()+1).log(), dim=0)
         self.bias = nn.Parameter(start)
 
-    @classmethod
-    def for_data(cls, encoder, dls, **kwargs):
-        xs,size = getattr(dls.train, 'xs', None),encoder.tokens.num_embeddings if hasattr(encoder, 'tokens') else 0
-        counts = torch.bincount(xs[0].cpu().long().flatten(), minlength=size) if xs and size else None
-        if counts is not None: counts[:len(SPECIALS)] = 0
-        return cls(encoder, **{'tokenizer': getattr(dls, 'tokenizer', None), 'counts': counts} | kwargs)
+# %% ../../nbs/masked/02_bert.ipynb #72f8d9b7
+@patch(cls_method=True)
+def for_data(cls:BERT, encoder, dls, **kwargs):
+    check_modality(cls, dls.info)
+    counts = None
+    if hasattr(dls.train, 'xs'):
+        tokens,size = dls.train.xs[0].cpu().long().flatten(),_embedding(encoder).num_embeddings
+        counts = torch.bincount(tokens, minlength=size)
+        counts[:len(SPECIALS)] = 0
+    return cls(encoder, **dict(tokenizer=getattr(dls, 'tokenizer', None), counts=counts) | kwargs)
 
-# %% ../../nbs/masked/02_bert.ipynb #51013f27
-from fastcore.basics import patch
-
-# %% ../../nbs/masked/02_bert.ipynb #894b4601
+# %% ../../nbs/masked/02_bert.ipynb #92a21117
 @patch
 def pretext(self:BERT, x): # x (B,L) -> ((corrupted (B,L), positions (B,K)), (targets (B,K),))
     mask = token_mask(x, self.ratio, self.special_ids)
     at = chosen(mask, math.ceil(self.ratio*x.shape[1]))
-    return (corrupt(x, mask, self.mask_id, self.vocab_size), at), (x.masked_fill(~mask, -100).gather(1, at),)
+    seen = corrupt(x, mask, self.mask_id, self.vocab_size)
+    return (seen, at),(x.masked_fill(~mask, -100).gather(1, at),)
 
 @patch
 def forward(self:BERT, x, at): # Scores (B,K,V)
     h = gather_tokens(self.encoder.forward_features(x), at)
-    return F.linear(self.head(h), self.encoder.tokens.weight, self.bias)
+    return F.linear(self.head(h), self.encoder.embedding.weight, self.bias)
 
 @patch
 def loss(self:BERT, pred, targets): return mlm_loss(pred, targets)
 
 @patch
-def metrics(self:BERT, pred, targets): return dict(accuracy=(pred.argmax(-1)==targets).sum()/(targets!=-100).sum().clamp(min=1))
+def metrics(self:BERT, pred, targets):
+    right,asked = pred.argmax(-1)==targets,targets!=-100
+    return dict(accuracy=right.sum()/asked.sum().clamp(min=1))
 
-# %% ../../nbs/masked/02_bert.ipynb #0398f2c6
+# %% ../../nbs/masked/02_bert.ipynb #8b513bbe
 def _asked(method, seen, target):
-    "One answer in words, and what stood in its place"
+    "One target in words, and what stood in its place"
     name = lambda i: method.tokenizer.id_to_token(i) if method.tokenizer else str(i)
-    how = '' if seen==method.mask_id else ' (unchanged)' if seen==target else f' (shown as {name(seen)})'
-    return name(target)+how
+    if seen==method.mask_id: return name(target)
+    return name(target) + (' (unchanged)' if seen==target else f' (shown as {name(seen)})')
 
 @patch
 def show(self:BERT, x, inputs, targets):
-    words = (lambda r: decode(self.tokenizer, r)) if self.tokenizer else (lambda r: ' '.join(map(str, r.tolist())))
     (seen,at),(t,) = inputs,targets
-    rows = [[(s.item(),i.item()) for s,i in zip(seen[b,at[b]], t[b]) if i!=-100] for b in range(len(t))]
-    return {'text': [words(r) for r in x[0]], 'seen': [words(r) for r in seen], 'asked': [', '.join(_asked(self, *p) for p in r) for r in rows]}
+    def words(r):
+        return decode(self.tokenizer, r) if self.tokenizer else ' '.join(map(str, r.tolist()))
+    def asked(b):
+        pairs = zip(seen[b,at[b]].tolist(), t[b].tolist())
+        return ', '.join(_asked(self, s, i) for s,i in pairs if i!=-100)
+    return {'text': [words(r) for r in x[0]], 'seen': [words(r) for r in seen],
+            'asked': [asked(b) for b in range(len(t))]}
