@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['resize_matrix', 'separable', 'resized_crop', 'uniform', 'central_box', 'random_crop_box', 'per_sample', 'on_rgb',
            'luma', 'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'grey', 'adjust_hue', 'gaussian_window',
-           'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'ImageViews',
-           'image_views', 'TokenViews', 'ClipViews', 'default_views']
+           'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'affine_matrix',
+           'warp', 'Affine', 'ImageViews', 'image_views', 'TokenViews', 'ClipViews', 'default_views']
 
-# %% ../../nbs/core/03_views.ipynb #735ee09b
+# %% ../../nbs/core/03_views.ipynb #80d22ff3
 import math, functools
 import torch
 from torch import nn
+from fastcore.basics import patch
 from .loader import get_kind
 
 # %% ../../nbs/core/03_views.ipynb #f22e4303
@@ -279,6 +280,52 @@ class Solarize(Draw):
         on = torch.rand(len(x), device=x.device) < self.p
         return solarize(x, torch.where(on, self.thresh, 2.))
 
+# %% ../../nbs/core/03_views.ipynb #276bf9ee
+def affine_matrix(
+    turn, slant, # (B,) angles in radians
+    zoom_x, zoom_y, # (B,) factors, above 1 for larger
+    shift_x, shift_y # (B,) in halves of the side
+): # (B,2,3)
+    "Where each pixel of the view is read: a turn, a slant, then zooms and shifts"
+    c,s,t = turn.cos(),turn.sin(),slant.tan()
+    rows = c/zoom_x, (c*t-s)/zoom_x, shift_x, s/zoom_y, (s*t+c)/zoom_y, shift_y
+    return torch.stack(rows, 1).view(-1, 2, 3)
+
+def warp(
+    x,      # (B,C,H,W) images
+    matrix, # (B,2,3) from `affine_matrix`
+    size,   # side of the view in pixels
+):
+    "(B,C,size,size) views; what lies outside the image is black"
+    grid = nn.functional.affine_grid(matrix.to(x.dtype), (*x.shape[:2], size, size), align_corners=False)
+    return nn.functional.grid_sample(x, grid, align_corners=False)
+
+class Affine(Draw):
+    "Random turns, slants, zooms, stretches and shifts, and mirror images where `flip` is not 0"
+    def __init__(self,
+        size,           # side of the view in pixels
+        turn=20,        # degrees, to either side
+        slant=20,       # degrees, to either side
+        zoom=(0.7,1.4), # factors; both sides of 1 are equally likely by their logarithm
+        shift=0.2,      # in halves of the side, along each axis
+        aspect=1.5,     # largest ratio of the zooms of the two axes
+        flip=0.,        # probability of a mirror image
+    ):
+        super().__init__()
+        self.size,self.turn,self.slant,self.zoom = size,turn,slant,tuple(zoom)
+        self.shift,self.aspect,self.flip = shift,aspect,flip
+
+# %% ../../nbs/core/03_views.ipynb #823b176a
+@patch
+def forward(self:Affine, x):
+    u = lambda lo, hi: uniform(lo, hi, len(x), device=x.device)
+    turn,slant = [u(-d, d)*math.pi/180 for d in (self.turn, self.slant)]
+    z,half = u(*map(math.log, self.zoom)),math.log(self.aspect)/2
+    r = u(-half, half)
+    A = affine_matrix(turn, slant, (z+r).exp(), (z-r).exp(), *[u(-self.shift, self.shift) for _ in 'xy'])
+    if self.flip: A[:,:,0] *= torch.where(torch.rand(len(x), device=x.device)<self.flip, -1., 1.)[:,None]
+    return warp(x, A, self.size)
+
 # %% ../../nbs/core/03_views.ipynb #31bd3b3c
 class ImageViews(nn.Sequential):
     "Random operators in sequence: images (B,C,H,W) in [0,1] to one random view of each"
@@ -290,12 +337,12 @@ class ImageViews(nn.Sequential):
             raise TypeError(f'views take float images (B,C,H,W) in [0,1], got {x.dtype} of shape {tuple(x.shape)}')
         with torch.autocast(x.device.type, enabled=False): return super().forward(x.as_subclass(torch.Tensor))
 
-# %% ../../nbs/core/03_views.ipynb #051c9c95
+# %% ../../nbs/core/03_views.ipynb #02ee8c4e
 def image_views(
     size,            # side of the view in pixels, or (h,w)
-    scale=(0.2,1.),  # area of the crop as a fraction of the image (MoCo's code; SimCLR's ImageNet recipe is 0.08 to 1)
+    scale=(0.2,1.),  # area of the crop as a fraction of the image (MoCo's code; SimCLR: 0.08 to 1)
     ratio=(3/4,4/3), # width/height of the crop
-    flip=0.5,        # probability of a mirror image; 0 for digits, text and other things that have a left and a right
+    flip=0.5,        # probability of a mirror image; 0 for digits and what else has a left and a right
     brightness=0.4,  # strengths of the jitter: SimCLR, appendix A, at s=0.5 as for CIFAR-10 (appendix B.9)
     contrast=0.4,
     saturation=0.4,
@@ -304,9 +351,10 @@ def image_views(
     grey=0.2,        # probability of losing colour (SimCLR, appendix A)
     blur=0.,         # probability of blur (SimCLR: 0.5 on ImageNet, none on CIFAR-10)
     solarize=0.,     # probability of solarising (BYOL: 0.2 in the second view)
+    affine=None,     # settings of `Affine`, which then takes the place of the crop; {} for the default ones
 ):
     "`ImageViews` with SimCLR's augmentations for small images; call it once for each view"
-    ops = [CropFlip(size, scale, ratio, flip)]
+    ops = [CropFlip(size, scale, ratio, flip) if affine is None else Affine(size, **dict(flip=flip) | affine)]
     if jitter:   ops.append(Jitter(brightness, contrast, saturation, hue, jitter))
     if grey:     ops.append(Grey(grey))
     if blur:     ops.append(Blur(blur))

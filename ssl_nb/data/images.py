@@ -373,10 +373,10 @@ class Images(Kind):
     @classmethod
     def encoder(cls, name, info, **kwargs): return image_encoder(name, info, **kwargs)
 
-# %% ../../nbs/data/04_images.ipynb #ccad54fb
+# %% ../../nbs/data/04_images.ipynb #fc9cf3cc
 @patch(cls_method=True)
 def views(cls:Images, info, small=False):
     if not small: return image_views(info.size, **info.views)
     large = info.size>=32 # DINO's small crops have 96 of 224 pixels; tiny images stay as large as they are
     size,least = (round(info.size*96/224),0.05) if large else (info.size,0.15)
-    return image_views(size, **info.views | dict(scale=(least,0.4)))
+    return image_views(size, **info.views | dict(affine=None, scale=(least,0.4)))
