@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from ssl_nb.app.cli import main
-from ssl_nb.app.compare import compare, ranking, settings
+from ssl_nb.app.compare import compare, ranking
+from ssl_nb.app.runner import settings
 
 
 def photos(folder, n=24, classes=0, channels=3):
@@ -59,8 +60,26 @@ def test_goes_on_where_it_stopped(tmp_path):
     assert set(ranking(again).index) == {'simclr', 'byol'}
 
 
+def test_several_seeds_are_one_row_and_say_so(tmp_path, capsys):
+    out = tmp_path/'out'
+    folder = photos(tmp_path/'my photos', 24, 2)
+    assert run(folder, out, '--methods', 'simclr,rotation') == 0
+    first = json.loads((out/'compare.json').read_text())['runs']
+    assert 'trained once' in capsys.readouterr().out
+    assert run(folder, out, '--methods', 'simclr,rotation', '--seeds', 2) == 0  # what is there is kept
+    said,results = capsys.readouterr().out,json.loads((out/'compare.json').read_text())
+    assert 'trained once' not in said and f"pretrain {ranking(results).index[0]} --data '{folder}'" in said
+    assert [r['seed'] for r in results['runs']] == [0]*4 + [1]*4
+    kept = [k for k in first[0] if k != 'agreement']
+    assert all(a[k]==b[k] for a,b in zip(first, results['runs']) for k in kept)
+    assert sorted(ranking(results).index) == ['rotation', 'simclr']
+    assert sorted(pd.read_csv(out/'ranking.csv').method) == ['rotation', 'simclr']
+
+
 @pytest.mark.parametrize('args,message', [(['--data', 'nowhere'], "no data at 'nowhere'"), (['--methods', 'simcrl'], 'did you mean simclr'),
-                                          (['--methods', 'simclr,bert'], 'image and text'), (['--epochs', '0'], 'epochs must be at least 1')])
+                                          (['--methods', 'rotation,bert'], 'images and text'), (['--epochs', '0'], 'epochs must be at least 1'),
+                                          (['--size', '0'], 'size must be at least 1'), (['--seeds', '0'], 'seeds must be at least 1'),
+                                          (['--data', 'digits:3,x'], "unknown class of digits 'x'")])
 def test_bad_arguments(args, message, capsys):
     assert main(['compare', *args]) == 2
     assert message in capsys.readouterr().err

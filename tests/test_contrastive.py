@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from ssl_nb.benchmarks.contrastive import compare, config, family, results_file
+from ssl_nb.app.runner import references, run_many, settings
+from ssl_nb.benchmarks.contrastive import family, main, results_file
 from ssl_nb.core.loader import DataInfo, array_dls, digits_dls
 from ssl_nb.core.encoders import create_encoder
 from ssl_nb.core.learner import ssl_learner
@@ -50,7 +51,7 @@ def test_the_same_class_reads_text(name):
     torch.manual_seed(0)
     tokens = torch.randint(5, 60, (128, 12))
     tokens[:, 9:] = 0
-    encoder = create_encoder('small_text', DataInfo(modality='text', vocab_size=60, max_len=12))
+    encoder = create_encoder('small_text', DataInfo(kind='text', vocab_size=60, max_len=12))
     method = find_methods()[name](encoder, views=TokenViews(0.3))
     check_method(method, (tokens, torch.arange(128)%4))
 
@@ -78,14 +79,18 @@ def test_two_copies_of_one_run_are_equal(name):
 
 
 def test_comparison_goes_on_where_it_stopped(tmp_path):
-    cfg = config(epochs=1, samples=256, device='cpu')
-    compare(cfg, ['simclr'], 1, tmp_path)
+    def compare(*methods): main(['--methods', ','.join(methods), '--epochs', '1', '--samples', '256', '--seeds', '1', '--device', 'cpu', '--workers', '1',
+                                 '--folder', str(tmp_path)])
+    compare('simclr')
+    cfg = settings('digits', ['simclr'], 'small_cnn', 1, 128, samples=256, device='cpu')
     file = results_file(cfg, tmp_path)
     first = json.loads(file.read_text())
-    first['runs'][0]['knn 10'] = -1.0  # a mark: a finished run is not repeated
+    assert [r['method'] for r in first['runs']] == [*references, 'simclr']
+    for r in first['runs']: r['knn 10'] = -1.0  # a mark: a finished run is not repeated
     file.write_text(json.dumps(first))
-    again = compare(cfg, ['simclr', 'byol'], 1, tmp_path)
-    assert [(r['method'], r['knn 10']==-1.0) for r in again['runs']] == [('simclr', True), ('byol', False)]
-    assert json.loads(file.read_text())['config'] == cfg
-    with pytest.raises(ValueError, match='simclr'): compare(cfg, ['simclrr'], 1, tmp_path)
-    with pytest.raises(ValueError, match='another configuration'): compare(cfg | dict(lr=1e-3), ['byol'], 1, tmp_path)
+    compare('simclr', 'byol')
+    again = json.loads(file.read_text())
+    assert [(r['method'], r['knn 10']==-1.0) for r in again['runs']] == [*((k, True) for k in references), ('simclr', True), ('byol', False)]
+    assert again['config'] == cfg
+    with pytest.raises(ValueError, match='simclr'): compare('simclrr')
+    with pytest.raises(ValueError, match='other settings'): run_many(cfg | dict(lr=1e-3), ['byol'], file)

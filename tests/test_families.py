@@ -8,7 +8,7 @@ from ssl_nb.core.method import find_methods
 from ssl_nb.app.run import build, run_config
 
 METHODS = sorted(k for k, c in find_methods().items() if c.__module__.split('.')[1] in ('pretext', 'autoencoders'))
-IMAGES = [k for k in METHODS if find_methods()[k].modality=='image']
+IMAGES = [k for k in METHODS if find_methods()[k].modality in (None, 'images')]
 
 
 def make(name, **kwargs):

@@ -1,4 +1,4 @@
-"Folders as users have them: empty, broken, mixed. What `nbs/data/04_images.ipynb` shows by example is not repeated here."
+"Folders as users have them: empty, broken, mixed. What `nbs/data/01_files.ipynb` and `04_images.ipynb` show by example is not repeated."
 import os, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -6,7 +6,7 @@ from PIL import Image
 from ssl_nb.core.loader import DataInfo
 from ssl_nb.data.images import StreamDL, image_dl, image_dls, load_images
 
-def picture(seed, size=(16,16), channels=3, dtype=np.uint8):
+def image(seed, size=(16,16), channels=3, dtype=np.uint8):
     shape = size[::-1] if channels==1 else (*size[::-1], channels)
     return Image.fromarray(np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype=dtype))
 
@@ -20,7 +20,7 @@ def truncate(path): path.write_bytes(path.read_bytes()[:path.stat().st_size//2])
 @pytest.fixture
 def ten(tmp_path):
     "A folder of ten readable images of 16x16 pixels"
-    for i in range(10): save(tmp_path/'ten'/f'{i}.png', picture(i))
+    for i in range(10): save(tmp_path/'ten'/f'{i}.png', image(i))
     return tmp_path/'ten'
 
 def said(record): return [str(w.message) for w in record if 'could not be read' in str(w.message)]
@@ -50,7 +50,7 @@ def test_not_a_folder(tmp_path):
     with pytest.raises(ValueError, match='no images in .*notes.txt.*found 1 .txt'): image_dls(tmp_path/'notes.txt')
 
 def test_hidden_files_are_not_looked_at(ten):
-    save(ten/'.thumbs'/'0.png', picture(0)); save(ten/'._0.png', picture(0))
+    save(ten/'.thumbs'/'0.png', image(0)); save(ten/'._0.png', image(0))
     dls = image_dls(ten, bs=4)
     assert sum(dl.n for dl in dls) == 10
 
@@ -62,7 +62,7 @@ def test_all_unreadable(tmp_path, resident):
 
 @pytest.mark.parametrize('resident', [True,False])
 def test_all_truncated(tmp_path, resident):
-    for i in range(5): truncate(save(tmp_path/f'{i}.png', picture(i)))
+    for i in range(5): truncate(save(tmp_path/f'{i}.png', image(i)))
     with pytest.raises(ValueError) as e: image_dls(tmp_path, resident=resident)
     assert 'can be read' in str(e.value) and str(tmp_path) in str(e.value) and '.png' in str(e.value)
 
@@ -96,37 +96,37 @@ def test_samples_and_files_agree_where_some_fail(ten):
         for f,o in zip(dl.files, x): assert np.array_equal((o*255).round().numpy().transpose(1,2,0), np.asarray(Image.open(ten/f)))
 
 def test_the_only_valid_file_is_broken(tmp_path):
-    for i in range(4): save(tmp_path/f'{i}.png', picture(i))
+    for i in range(4): save(tmp_path/f'{i}.png', image(i))
     victim = image_dls(tmp_path, bs=2).valid.files[0]
     truncate(tmp_path/victim)
     dls,messages = quiet(image_dls, tmp_path, bs=2)
     assert (dls.train.n, dls.valid.n) == (2,1) and victim in messages[0]
 
 def test_one_image(tmp_path):
-    save(tmp_path/'lonely.png', picture(0))
+    save(tmp_path/'lonely.png', image(0))
     with pytest.raises(ValueError, match='1 image.*at least 2'): image_dls(tmp_path)
-    save(tmp_path/'broken.png', picture(1)); truncate(tmp_path/'broken.png')
+    save(tmp_path/'broken.png', image(1)); truncate(tmp_path/'broken.png')
     with pytest.raises(ValueError, match=r'1 readable image.*at least 2'): image_dls(tmp_path)
 
 def test_mixed_sizes(tmp_path):
-    for i,size in enumerate([(50,40),(300,20),(33,1000),(64,64),(1,1),(7,90)]): save(tmp_path/f'{i}.png', picture(i, size))
+    for i,size in enumerate([(50,40),(300,20),(33,1000),(64,64),(1,1),(7,90)]): save(tmp_path/f'{i}.png', image(i, size))
     dls = image_dls(tmp_path, bs=2)
     assert dls.info.size == 32 # the median of 40, 20, 33, 64, 1, 7 is 26.5
     assert {tuple(x.shape[1:]) for dl in dls for x,_ in dl} == {(3,32,32)}
     assert image_dls(tmp_path, bs=2, size=50).info.size == 50
 
 def test_mixed_modes_follow_the_most_common(tmp_path):
-    for i in range(6): save(tmp_path/f'grey{i}.png', picture(i, channels=1))
-    save(tmp_path/'rgb.png', picture(6)); save(tmp_path/'rgba.png', picture(7, channels=4))
-    save(tmp_path/'deep.png', picture(8, channels=1, dtype=np.uint16)); save(tmp_path/'bit.png', picture(9).convert('1'))
-    save(tmp_path/'la.png', picture(10).convert('LA')); save(tmp_path/'palette.gif', picture(11).convert('P'))
+    for i in range(6): save(tmp_path/f'grey{i}.png', image(i, channels=1))
+    save(tmp_path/'rgb.png', image(6)); save(tmp_path/'rgba.png', image(7, channels=4))
+    save(tmp_path/'deep.png', image(8, channels=1, dtype=np.uint16)); save(tmp_path/'bit.png', image(9).convert('1'))
+    save(tmp_path/'la.png', image(10).convert('LA')); save(tmp_path/'palette.gif', image(11).convert('P'))
     dls,messages = quiet(image_dls, tmp_path, bs=2)
     assert dls.info.channels==1 and messages==[] and sum(dl.n for dl in dls)==12
 
 @pytest.mark.parametrize('make,channels,dtype', [(dict(channels=4),4,torch.uint8), (dict(channels=1),1,torch.uint8),
                                                  (dict(channels=1, dtype=np.uint16),1,torch.int16)])
 def test_channels_and_bits(tmp_path, make, channels, dtype):
-    for i in range(8): save(tmp_path/f'{i}.png', picture(i, **make))
+    for i in range(8): save(tmp_path/f'{i}.png', image(i, **make))
     dls = image_dls(tmp_path, bs=2)
     assert dls.info.channels==channels and len(dls.info.mean)==channels and dls.train.xs[0].dtype==dtype
     x,_ = dls.one_batch()
@@ -135,8 +135,8 @@ def test_channels_and_bits(tmp_path, make, channels, dtype):
     assert torch.equal(stream.train.one_batch()[0], x)
 
 def test_any_mode_can_become_any_other(tmp_path):
-    deep = picture(2, channels=1, dtype=np.uint16)
-    ims = [picture(0).convert(m) for m in ('1','L','LA','P','RGB','RGBA','CMYK','I')] + [deep]
+    deep = image(2, channels=1, dtype=np.uint16)
+    ims = [image(0).convert(m) for m in ('1','L','LA','P','RGB','RGBA','CMYK','I')] + [deep]
     files = [save(tmp_path/f'{i}.tif', im) for i,im in enumerate(ims)]
     for mode,c in (('L',1),('LA',2),('RGB',3),('RGBA',4),('I;16',1)):
         x,_,failed = load_images([f.name for f in files], 16, mode, tmp_path)
@@ -161,17 +161,17 @@ def test_linked_folders(ten, tmp_path):
     assert sum(dl.n for dl in image_dls(tmp_path/'links', bs=2)) == 10
 
 def test_images_beside_the_parts_are_named(tmp_path):
-    for i in range(8): save(tmp_path/'train'/f'{i}.png', picture(i))
-    for i in range(3): save(tmp_path/'extra'/f'{i}.png', picture(i))
+    for i in range(8): save(tmp_path/'train'/f'{i}.png', image(i))
+    for i in range(3): save(tmp_path/'extra'/f'{i}.png', image(i))
     with pytest.warns(UserWarning, match='3 images .* beside the folders train'): dls = image_dls(tmp_path, bs=2)
     assert not any('extra' in f for dl in dls for f in dl.files)
 
 def test_parts_of_train_and_valid_only(tmp_path):
     for s,n in (('train',20),('valid',6)):
-        for i in range(n): save(tmp_path/s/('a','b')[i%2]/f'{i}.png', picture(i))
+        for i in range(n): save(tmp_path/s/('a','b')[i%2]/f'{i}.png', image(i))
     dls = image_dls(tmp_path, bs=4)
     assert [dl.n for dl in dls]==[18,2,6] and all(f.startswith('valid/') for f in dls.test.files)
-    assert set(dls.train.y.tolist())=={0,1} and dls.info.classes==['a','b']
+    assert set(dls.train.y.tolist())=={0,1} and dls.info.names()==['a','b']
 
 def write_csv(folder, text):
     (folder/'list.csv').write_text(text)
@@ -179,7 +179,7 @@ def write_csv(folder, text):
 
 def test_csv_missing_column(ten):
     with pytest.raises(ValueError) as e: image_dls(write_csv(ten, 'name,label\n1.png,cat\n'))
-    assert 'list.csv has no column "file" or "path"' in str(e.value) and "['name', 'label']" in str(e.value)
+    assert 'list.csv has no column \'file\' or \'path\'' in str(e.value) and "it has 'name', 'label'" in str(e.value)
 
 @pytest.mark.parametrize('text,message', [('','no column'), ('file,label\n','lists no files')])
 def test_csv_empty(ten, text, message):
@@ -189,7 +189,7 @@ def test_csv_missing_file_is_skipped(ten):
     path = write_csv(ten, 'file,label\n'+''.join(f'{i}.png,{"ab"[i%2]}\n' for i in range(10))+'gone.png,a\n')
     dls,messages = quiet(image_dls, path, bs=2)
     assert messages == ['1 of 11 images could not be read and are left out: gone.png (missing)']
-    assert dls.info.skipped==1 and dls.info.classes==['a','b'] and dls.test is not None
+    assert dls.info.skipped==1 and dls.info.names()==['a','b'] and dls.test is not None
 
 def test_csv_of_nothing_but_missing_files(ten):
     with pytest.raises(ValueError, match='none of the 2 image files.*x.png: missing'): image_dls(write_csv(ten, 'file\nx.png\ny.png\n'))
@@ -204,7 +204,7 @@ def test_limit_takes_so_many_of_each_part(ten):
     assert sum(dl.n for dl in image_dls(ten, bs=2, limit=6)) == 6
 
 def test_a_set_that_does_not_fit_is_streamed(ten, monkeypatch):
-    monkeypatch.setattr('ssl_nb.data.images.free_memory', lambda: 1000)
+    monkeypatch.setattr('ssl_nb.data.files.free_memory', lambda: 1000)
     assert isinstance(image_dls(ten, bs=4, workers=0).train, StreamDL)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

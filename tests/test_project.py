@@ -1,4 +1,4 @@
-"The habits: modules follow the notebooks, notebooks are clean, layers import only downwards, settings.ini is the one source."
+"The habits: modules follow the notebooks, notebooks are clean, layers import only downwards, lines fit, settings.ini is the one source."
 import ast
 import importlib
 import json
@@ -93,55 +93,66 @@ def test_imports_stand_alone(path):
         assert not mixed, f'{path.name}: code cell {n} mixes imports with other code; give the imports a cell of their own\n{src}'
 
 
-# Layers: a module imports only from those before it. Inside core, only from notebooks with a smaller number.
-first = ['method'], ['data', 'views', 'masks', 'encoders', 'heads']  # the rest of core comes third
+# Layers: a module imports only from folders before its own, and inside a folder only from notebooks with a smaller number.
 families = 'pretext', 'contrastive', 'masked', 'autoencoders'
-after = 'transfer', 'tutorials', 'benchmarks'
+order = [('core',), ('data',), ('evaluate',), families, ('transfer',), ('app',), ('tutorials', 'benchmarks')]
+own = re.compile(r'^#\|\s*default_exp\s+(\S+)', re.M)
 
 
-def modules():
-    "Module ('core.method') -> its file and its notebook"
-    out = {}
-    for p in (ROOT/'ssl_nb').rglob('*.py'):
-        nb = re.search(r'File to edit: (\S+\.ipynb)\.', p.read_text(encoding='utf-8'))
-        if nb: out['.'.join(p.relative_to(ROOT/'ssl_nb').with_suffix('').parts)] = p, (p.parent/nb[1]).resolve()
-    return out
+def module_of(path):
+    "The module that a notebook exports to ('core.method'), or the notebook's own place where it exports nothing"
+    names = [m[1] for c in code_cells(path) if (m := own.search(source(c)))]
+    rel = path.relative_to(ROOT/'nbs').with_suffix('')
+    return names[0] if names else '.'.join([*rel.parts[:-1], rel.name])
 
 
-def layer(mod, nb):
-    folder,name = mod.split('.')[0], mod.split('.')[-1]
-    if folder=='core': return next((i for i,names in enumerate(first) if name in names), 1 if nb.name[:2] < '07' else 2)
-    return 3 if folder in families else 4 + after.index(folder)
+def level(mod): return next(i for i,folders in enumerate(order) if mod.split('.')[0] in folders)
 
 
-def imports(path, mod):
-    "(module of this package, inside a function?) for each import in `path`"
-    tree = ast.parse(path.read_text(encoding='utf-8'))
-    inside = {n for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
-    for n in ast.walk(tree):
-        names = []
-        if isinstance(n, ast.Import): names = [a.name for a in n.names]
-        if isinstance(n, ast.ImportFrom):
-            up = mod.split('.')[:-n.level]
-            base = '.'.join(['ssl_nb', *up, *([n.module] if n.module else [])]) if n.level else n.module
-            names = [base, *(f'{base}.{a.name}' for a in n.names)]
-        for name in names:
-            if name.startswith('ssl_nb.'): yield name.removeprefix('ssl_nb.'), n in inside
+def imports(path):
+    "The modules of this package that a cell of the notebook imports from, exported or not"
+    for c in code_cells(path):
+        src = '\n'.join(l for l in source(c).splitlines() if not l.lstrip().startswith(('%', '!')))
+        for n in ast.walk(ast.parse(src)):
+            names = []
+            if isinstance(n, ast.Import): names = [a.name for a in n.names]
+            if isinstance(n, ast.ImportFrom) and n.module: names = [n.module, *(f'{n.module}.{a.name}' for a in n.names)]
+            yield from (name.removeprefix('ssl_nb.') for name in names if name.startswith('ssl_nb.'))
 
 
-def allowed(mod, nb, other, other_nb, lazy):
-    if layer(other, other_nb) != layer(mod, nb): return layer(other, other_nb) < layer(mod, nb)
-    if mod.startswith('core.'): return other_nb.name < nb.name or lazy
-    return nb.parent==other_nb.parent and other_nb.name.startswith(('00_','01_'))
+def allowed(mod, path, other, other_path):
+    if mod==other: return True # a page shows what it will define
+    if level(mod)!=level(other): return level(other) < level(mod)
+    if mod.split('.')[0] in families: return path.parent==other_path.parent and other_path.name.startswith(('00_', '01_'))
+    return path.parent==other_path.parent and other_path.name < path.name
 
 
 def test_layers_import_only_downwards():
-    mods = modules()
-    assert 'core.method' in mods, 'no generated module was found: run nbdev-export'
-    wrong = [f'{mod} imports {other}' for mod,(path,nb) in mods.items() for other,lazy in imports(path, mod)
-             if other in mods and other!=mod and not allowed(mod, nb, other, mods[other][1], lazy)]
-    assert not wrong, ('\n' + '\n'.join(sorted(set(wrong))) + '\nOrder: core.method > data, views, masks, encoders, heads > '
-                       'the rest of core > methods > transfer > tutorials, benchmarks; methods share only the first notebooks (00, 01) of their family.')
+    "Notebooks, and so the modules made from them; the cells that show something keep the rule as well"
+    mods = {module_of(p): p for p in notebooks if p.parent!=ROOT/'nbs'}
+    assert len(mods) > 50 and 'core.method' in mods
+    wrong = {f'{mod} imports {other}' for mod,path in mods.items() for other in imports(path)
+             if other in mods and not allowed(mod, path, other, mods[other])}
+    assert not wrong, ('\n' + '\n'.join(sorted(wrong)) + '\nOrder: ' + ' < '.join(', '.join(o) for o in order) +
+                       '; inside a folder only notebooks with a smaller number; methods share only 00_ and 01_ of their family, '
+                       'and get others by name: get_method(...)')
+
+
+def test_layers_see_a_wrong_import(tmp_path):
+    "The test above can fail: an import of a later folder, of another method, and of a later notebook"
+    mods = {module_of(p): p for p in notebooks if p.parent!=ROOT/'nbs'}
+    for mod,other in (('core.method', 'data.images'), ('contrastive.byol', 'contrastive.simclr'), ('data.images', 'data.text'),
+                      ('evaluate.report', 'contrastive.simclr'), ('pretext.rotation', 'app.run')):
+        assert not allowed(mod, mods[mod], other, mods[other])
+    for mod,other in (('data.images', 'core.loader'), ('contrastive.byol', 'contrastive.infonce'), ('app.run', 'masked.mae')):
+        assert allowed(mod, mods[mod], other, mods[other])
+
+
+@each_notebook
+def test_lines_fit(path):
+    "Code is read beside its result: at most 100 characters in a line"
+    wide = [l for c in code_cells(path) for l in source(c).splitlines() if len(l)>100]
+    assert not wide, f'{path.name} has {len(wide)} lines of more than 100 characters, the first:\n{wide[0]}'
 
 
 def test_no_star_import_in_the_package():

@@ -22,11 +22,11 @@ def test_missing_path(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'): text_dls(tmp_path/'nowhere')
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(ValueError, match=f'{tmp_path.name} holds no .txt files.*nothing'): text_dls(tmp_path)
+    with pytest.raises(ValueError, match=f'no texts in .*{tmp_path.name}: looked for .*.txt, found nothing'): text_dls(tmp_path)
 
 def test_folder_of_something_else(tmp_path):
     (tmp_path/'a.png').write_bytes(b'x')
-    with pytest.raises(ValueError, match='holds no .txt files.*.png'): text_dls(tmp_path)
+    with pytest.raises(ValueError, match='no texts in .*looked for .*.txt, found 1 .png'): text_dls(tmp_path)
 
 def test_unknown_kind_of_file(tmp_path):
     (tmp_path/'a.docx').write_bytes(b'x')
@@ -36,12 +36,12 @@ def test_missing_column_names_those_found(tmp_path):
     f = table(tmp_path/'t.csv', review=texts, stars=labels)
     with pytest.raises(ValueError, match="t.csv has no column 'text'; it has 'review', 'stars'"): text_dls(f)
     dls = text_dls(f, text='review', label='stars', **small)
-    assert dls.info.classes==['even','odd']
+    assert dls.info.names()==['even','odd']
 
 def test_asked_label_column_must_exist(tmp_path):
     f = table(tmp_path/'t.csv', text=texts)
     with pytest.raises(ValueError, match="no column 'stars'"): text_dls(f, label='stars')
-    assert text_dls(f, **small).info.classes==[]
+    assert text_dls(f, **small).info.names()==[]
 
 def test_broken_tables(tmp_path):
     f = tmp_path/'t.csv'
@@ -70,7 +70,7 @@ def test_lists():
     with pytest.raises(ValueError, match='cannot cut 1'): text_dls(['only one text here'], **small)
 
 def test_no_training_part(tmp_path):
-    with pytest.raises(ValueError, match='no training texts'): text_dls(table(tmp_path/'test.csv', text=texts))
+    with pytest.raises(ValueError, match='nothing to train on'): text_dls(table(tmp_path/'test.csv', text=texts))
 
 def test_split_rules(tmp_path):
     for splits,want in ((('train','test'), [18,2,20]), (('train','valid'), [18,2,20]), (('train',), [29,3,8])):
@@ -95,7 +95,7 @@ def test_every_form_gives_the_same_rows(tmp_path):
     for s,part in df.groupby('split'): part[['text','label']].to_csv(tmp_path/'tables'/f'{s}.csv', index=False)
     forms = [text_dls(tmp_path/f, **small) for f in ('a.csv','a.tsv.gz','a.jsonl.xz','a.parquet','tree','tables')]
     rows = [[sorted(map(tuple, torch.cat([dl.xs[0], dl.y[:,None]], 1).tolist())) for dl in d.loaders] for d in forms]
-    assert all(r==rows[0] for r in rows) and all(d.info.classes==['even','odd'] for d in forms)
+    assert all(r==rows[0] for r in rows) and all(d.info.names()==['even','odd'] for d in forms)
 
 def test_tokenizer_of_others(tmp_path):
     tok = train_tokenizer(texts, 80)
@@ -123,7 +123,7 @@ def test_bert_needs_text():
     with pytest.raises(ValueError, match='no token embedding'): BERT(image)
 
 def test_bert_on_texts_without_any_word():
-    m = BERT(create_encoder('small_text', DataInfo(modality='text', vocab_size=30, max_len=8)))
+    m = BERT(create_encoder('small_text', DataInfo(kind='text', vocab_size=30, max_len=8)))
     x = torch.tensor([[CLS,SEP,0,0,0,0,0,0],[0]*8,[CLS,UNK,SEP,0,0,0,0,0]])
     (seen,at),(targets,) = m.pretext(x)
     assert torch.equal(seen, x) and (targets==-100).all()

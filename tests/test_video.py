@@ -32,7 +32,7 @@ def clips_of(dl): return {f.split('#')[0] for f in dl.files}
 
 def test_unlabelled_clips_in_the_order_of_their_numbers(ten):
     dls,said = quiet(video_dls, ten, frames=12, bs=2)
-    assert said==[] and dls.test is None and dls.info.classes==[] and (dls.train.y==-1).all()
+    assert said==[] and dls.test is None and dls.info.names()==[] and (dls.train.y==-1).all()
     dl = video_dl(ten, dls.info)
     expected = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (12,16,16,3), dtype=np.uint8)).permute(3,0,1,2)
     assert torch.equal(dl.xs[0][dl.files.index('c3')], expected) # frames 9, 10, 11 and not 1, 10, 11, 12, 2
@@ -50,7 +50,7 @@ def test_empty_folder_and_video_files(tmp_path):
     with pytest.raises(ValueError, match='found 1 .mp4.*ffmpeg'): video_dls(tmp_path)
 
 def test_frames_without_a_clip_folder(ten):
-    with pytest.raises(ValueError, match='12 pictures lie in .*c0 itself.*a folder of its own') as e: video_dls(ten/'c0')
+    with pytest.raises(ValueError, match='12 images lie in .*c0 itself.*a folder of its own') as e: video_dls(ten/'c0')
     assert 'DIR/CLIP/FRAME.jpg' in str(e.value)
 
 def test_one_clip(tmp_path):
@@ -98,22 +98,22 @@ def test_classes_and_splits_from_folders(tmp_path):
         for c in ('jump','run'):
             for i in range(n): write_clip(tmp_path/s/c/f'{s}{c}{i}', 4, i)
     dls = video_dls(tmp_path, frames=4, bs=2)
-    assert dls.info.classes==['jump','run'] and dls.test.n==4 and all('test/' in f for f in dls.test.files)
+    assert dls.info.names()==['jump','run'] and dls.test.n==4 and all('test/' in f for f in dls.test.files)
     assert {f.split('/')[1]: int(y) for f,y in zip(dls.test.files, dls.test.y)} == {'jump': 0, 'run': 1}
 
 def test_table_of_clips(ten):
     pd.DataFrame(dict(clip=[f'c{i}' for i in range(8)]+['gone'], label=['a','b']*4+['a'], Speaker=range(9))).to_csv(ten/'clips.csv', index=False)
     dls,said = quiet(video_dls, ten, frames=12, bs=2)
     assert said==[f'1 of 9 clips in {ten/"clips.csv"} have no folder with frames and are left out: gone']
-    assert dls.info.classes==['a','b'] and dls.test is not None
+    assert dls.info.names()==['a','b'] and dls.test is not None
     known = {f: int(y) for dl in dls.loaders for f,y in zip(dl.files, dl.y)}
     assert known=={f'c{i}': i%2 if i<8 else -1 for i in range(10)}
-    assert len(quiet(video_dls, ten, frames=12, label='speaker', bs=2)[0].info.classes)==8
+    assert len(quiet(video_dls, ten, frames=12, label='speaker', bs=2)[0].info.names('speaker'))==8
 
 def test_bad_tables(ten):
     def table(text): (ten/'clips.csv').write_text(text)
     table('name,label\nc0,a\n')
-    with pytest.raises(ValueError, match='no column "clip".*name'): video_dls(ten)
+    with pytest.raises(ValueError, match="no column 'clip'; it has 'name', 'label'"): video_dls(ten)
     table('clip,split\nc0,later\n')
     with pytest.raises(ValueError, match="unknown split .*later.*known are"): video_dls(ten)
     table('clip,label\nx,a\ny,b\n')
@@ -122,7 +122,7 @@ def test_bad_tables(ten):
     with pytest.raises(ValueError, match="no column 'colour' to take labels from"): video_dls(ten, label='colour')
 
 def test_too_much_for_the_memory(ten, monkeypatch):
-    monkeypatch.setattr('ssl_nb.data.images.free_memory', lambda: 1000)
+    monkeypatch.setattr('ssl_nb.data.files.free_memory', lambda: 1000)
     with pytest.raises(ValueError, match='GiB of memory.*smaller size'): video_dls(ten)
 
 def test_grey_frames_and_size(tmp_path):

@@ -8,59 +8,77 @@ __all__ = ['parser', 'main']
 # %% ../../nbs/app/04_cli.ipynb #2fb6df97
 import argparse, sys
 
-# %% ../../nbs/app/04_cli.ipynb #57f11854
+# %% ../../nbs/app/04_cli.ipynb #bb538f57
 def parser()->argparse.ArgumentParser:
     "The arguments of `ssl_nb`"
-    p = argparse.ArgumentParser('ssl_nb', description='Self-supervised learning: pre-train on unlabelled data, '
-                                'report honestly, use the encoder.')
+    p = argparse.ArgumentParser('ssl_nb', description='Self-supervised learning: pre-train on '
+                                'unlabelled data, report honestly, use the encoder.')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    _pretrain_args(sub.add_parser('pretrain', help='train a method on unlabelled data, and report what was learned'))
-    _compare_args(sub.add_parser('compare', help='which method for my data? Try them all briefly, and rank them'))
-    sub.add_parser('methods', help='list the methods')
-    r = sub.add_parser('report', help='report on the encoder of a finished run')
-    r.add_argument('run', help='folder of the run')
-    e = sub.add_parser('embed', help='write the features of all files in a folder, with their names')
-    e.add_argument('run', help='folder of the run')
-    e.add_argument('data', metavar='DIR', help='folder of images, texts or clips')
-    e.add_argument('--out', help='features.parquet (default), or a name that ends in .npz')
-    for q in (r, e): q.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
-    d = sub.add_parser('docs', help='build the site from the notebooks')
-    d.add_argument('--out', default='_docs', help='folder of the site (default: _docs)')
-    d.add_argument('--readme', action='store_true', help='write README.md from nbs/index.ipynb instead')
+    add = sub.add_parser
+    _pretrain_args(add('pretrain', help='train a method on unlabelled data, and report on it'))
+    _compare_args(add('compare', help='which method for my data? Try them briefly, and rank them'))
+    add('methods', help='list the methods')
+    _report_args(add('report', help='report on the encoder of a finished run'))
+    _embed_args(add('embed', help='write the features of all files in a folder, with their names'))
+    _docs_args(add('docs', help='build the site from the notebooks'))
     return p
 
-# %% ../../nbs/app/04_cli.ipynb #07646c72
+def _device(p): p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
+def _encoder(p, default): p.add_argument('--encoder', metavar='TIMM_NAME', help=default)
+
+# %% ../../nbs/app/04_cli.ipynb #9d732d5a
 def _pretrain_args(p):
     p.add_argument('method', metavar='METHOD', help='name of a method: see `ssl_nb methods`')
-    p.add_argument('--data', metavar='DIR', help='folder or table of images, texts, clips or pairs, or a name: mnist, '
-                   'digits, scenes, photos, pydoc, bouncing, moving, ... (default: what comes with the library)')
-    p.add_argument('--encoder', metavar='TIMM_NAME', help='small_cnn, small_vit, or any timm model')
+    p.add_argument('--data', metavar='DIR', help='folder or table of images, texts, clips or '
+                   'pairs, or a name: mnist, digits, scenes, photos, pydoc, bouncing, moving, ... '
+                   '(default: what comes with the library)')
+    _encoder(p, 'small_cnn, small_vit, or any timm model')
     p.add_argument('--epochs', type=int, help="default: the method's recipe")
     p.add_argument('--batch-size', type=int)
     p.add_argument('--lr', type=float, help='largest learning rate of the one-cycle schedule')
     p.add_argument('--size', type=int, help='side of the images in pixels (default: from the data)')
-    p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
+    _device(p)
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', metavar='DIR', help='folder of the run (default: a free name under runs/)')
-    p.add_argument('--save-seconds', type=float, default=5., help='seconds between two checkpoints (default: 5)')
+    p.add_argument('--out', metavar='DIR', help='folder of the run (default: a free one in runs/)')
+    p.add_argument('--save-seconds', type=float, default=5.,
+                   help='seconds between two checkpoints (default: 5)')
     p.add_argument('--resume', action='store_true', help='go on with the run in --out')
 
-# %% ../../nbs/app/04_cli.ipynb #586b54ae
+# %% ../../nbs/app/04_cli.ipynb #2242b40b
 def _compare_args(p):
-    p.add_argument('--data', metavar='DIR', help='folder or table, or a name such as digits (default: mnist)')
+    p.add_argument('--data', metavar='DIR', help='folder or table, or a name such as digits, or '
+                   'some of its classes: digits:3,8 (default: mnist)')
     p.add_argument('--methods', help='names with commas between (default: all that fit the data)')
-    p.add_argument('--encoder', metavar='TIMM_NAME', help="default: each method's own")
+    _encoder(p, "default: each method's own")
     p.add_argument('--epochs', type=int, default=10, help='of each method (default: 10)')
-    p.add_argument('--samples', type=int, default=1000, help='at most so many of each split (default: 1000)')
+    p.add_argument('--samples', type=int, default=1000,
+                   help='at most so many of each split (default: 1000)')
     p.add_argument('--batch-size', type=int, default=128)
     p.add_argument('--size', type=int, help='side of the images in pixels (default: from the data)')
-    p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
+    _device(p)
     p.add_argument('--seeds', type=int, default=1, help='trainings of each method (default: 1)')
-    p.add_argument('--workers', type=int, help='methods at once (default: as many as cores on a CPU, one on a GPU)')
-    p.add_argument('--out', metavar='DIR', help='folder of the results; the same command goes on there '
-                   '(default: runs/compare-NAME)')
+    p.add_argument('--workers', type=int,
+                   help='runs at once (default: as many as cores on a CPU, one on a GPU)')
+    p.add_argument('--out', metavar='DIR', help='folder of the results; the same command goes on '
+                   'there (default: runs/compare-NAME)')
 
-# %% ../../nbs/app/04_cli.ipynb #7a284626
+# %% ../../nbs/app/04_cli.ipynb #7c2f5549
+def _report_args(p):
+    p.add_argument('run', help='folder of the run')
+    _device(p)
+
+def _embed_args(p):
+    p.add_argument('run', help='folder of the run')
+    p.add_argument('data', metavar='DIR', help='folder of images, texts or clips')
+    p.add_argument('--out', help='features.parquet (default), or a name that ends in .npz')
+    _device(p)
+
+def _docs_args(p):
+    p.add_argument('--out', default='_docs', help='folder of the site (default: _docs)')
+    p.add_argument('--readme', action='store_true',
+                   help='write README.md from nbs/index.ipynb instead')
+
+# %% ../../nbs/app/04_cli.ipynb #8f26ddea
 def _pretrain(a):
     from ssl_nb.app.run import pretrain
     pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, encoder=a.encoder, epochs=a.epochs,
@@ -68,15 +86,17 @@ def _pretrain(a):
 
 def _compare(a):
     from ssl_nb.app.compare import compare_folder
-    methods = a.methods and [m.strip() for m in a.methods.split(',') if m.strip()]
-    compare_folder(a.data, methods, a.out, a.workers, a.seeds, encoder=a.encoder, epochs=a.epochs,
-                   batch_size=a.batch_size, samples=a.samples, size=a.size, device=a.device)
+    from ssl_nb.app.runner import method_names
+    compare_folder(a.data, method_names(a.methods), a.out, a.workers, a.seeds, encoder=a.encoder,
+                   epochs=a.epochs, batch_size=a.batch_size, samples=a.samples, size=a.size,
+                   device=a.device)
 
 def _methods(a):
     from ssl_nb.core.method import find_methods
     for name,cls in find_methods().items():
         print(f'{name:19} {cls.modality or "any":6} {(cls.__doc__ or "").splitlines()[0]}')
 
+# %% ../../nbs/app/04_cli.ipynb #b0e38dd6
 def _report(a):
     from ssl_nb.app.run import report_run
     report_run(a.run, device=a.device)
@@ -89,20 +109,22 @@ def _docs(a):
     from ssl_nb.app.docs import build_docs, make_readme
     print(make_readme() if a.readme else build_docs(a.out))
 
-# %% ../../nbs/app/04_cli.ipynb #8255cf6b
+# %% ../../nbs/app/04_cli.ipynb #7d7dbe40
 def main(
     args=None # List of str; by default those of the process
 )->int: # Exit code
     "Run a command of `ssl_nb`"
     a = parser().parse_args(args)
-    commands = dict(pretrain=_pretrain, compare=_compare, methods=_methods, report=_report, embed=_embed, docs=_docs)
+    commands = dict(pretrain=_pretrain, compare=_compare, methods=_methods, report=_report,
+                    embed=_embed, docs=_docs)
     try: commands[a.command](a)
     except (ValueError, OSError, FloatingPointError) as e:
         last = str(e).split('\n')[-1].strip() if 'Exception occured' in str(e) else e
         print(f'ssl_nb: {last}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        how = {'pretrain': '; go on with the same command and --resume', 'compare': '; the same command goes on'}
+        how = dict(pretrain='; go on with the same command and --resume',
+                   compare='; the same command goes on')
         print('\nstopped' + how.get(a.command, ''), file=sys.stderr)
         return 130
     return 0

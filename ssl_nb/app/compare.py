@@ -6,8 +6,8 @@
 __all__ = ['label_free', 'evidence', 'overlap', 'agreement', 'view_agreement', 'few_label_score', 'measure', 'compare',
            'free_score', 'ranking', 'text_ranking', 'figure', 'close_calls', 'advice', 'compare_folder']
 
-# %% ../../nbs/app/03_compare.ipynb #cb11adfe
-import json
+# %% ../../nbs/app/03_compare.ipynb #f8ef298f
+import shlex
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -20,7 +20,7 @@ from ..core.measures import encode, feature_std, nearest_ids, rankme
 from ..core.views import default_views
 from ..evaluate.report import draw_labels, few_label_accuracy, raw_features
 
-# %% ../../nbs/app/03_compare.ipynb #80dfe567
+# %% ../../nbs/app/03_compare.ipynb #4ef9007a
 def overlap(
     a, b # (N,k) indices of neighbours, each row without repetition
 )->float: # 0 to 1
@@ -33,7 +33,9 @@ def agreement(
 )->dict: # Name -> 0 to 1
     "Mean overlap of the neighbours of each encoder with those of all others"
     others = list(others or neighbours)
-    return {k: float(np.mean([overlap(a, neighbours[o]) for o in others if o!=k] or [np.nan])) for k,a in neighbours.items()}
+    near = neighbours
+    def each(k): return [overlap(near[k], near[o]) for o in others if o!=k] or [np.nan]
+    return {k: float(np.mean(each(k))) for k in near}
 
 # %% ../../nbs/app/03_compare.ipynb #ad8c0d0d
 @torch.no_grad()
@@ -44,28 +46,31 @@ def view_agreement(
     z1,z2 = [h/h.norm(dim=1, keepdim=True).clamp(min=1e-8) for h in (h1.float(), h2.float())]
     return ((z1@z2.T).argmax(1)==torch.arange(len(z1), device=z1.device)).float().mean().item()
 
-# %% ../../nbs/app/03_compare.ipynb #926c9ab0
+# %% ../../nbs/app/03_compare.ipynb #251d12d6
 def few_label_score(
     h, # (N,D) features
     y, # (N,) labels, -1 unknown
     draws:int=10, # Random divisions
-    n:int=10, # Labels a class to learn from; half of them where there are fewer than 2n
+    n:int=10, # Labels per class to learn from; half of them where there are fewer than 2n
     least:int=6 # Classes with fewer labels are not looked at
 ): # (mean, std) in percent, or None where fewer than two classes have so many labels
-    "Accuracy of a linear probe learned from at most `n` labels per class and asked about the other labelled samples"
+    "Accuracy of a linear probe: learned from `n` labels per class, asked about the other samples"
     y = y.cpu().clone()
     classes,count = y[y>=0].unique(return_counts=True)
     y[~torch.isin(y, classes[count>=least])] = -1
     if (count>=least).sum()<2: return None
     h,y,accs = h.cpu()[y>=0],y[y>=0],[]
+    few = min(n, int(count[count>=least].min())//2)
     for seed in range(draws):
-        idx = torch.from_numpy(draw_labels(y, min(n, int(count[count>=least].min())//2), seed))
+        idx = torch.from_numpy(draw_labels(y, few, seed))
         rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, idx, False)
-        accs.append(few_label_accuracy(h[idx], y[idx], h[rest], y[rest], labels=(None,))['probe',None][0])
+        acc = few_label_accuracy(h[idx], y[idx], h[rest], y[rest], labels=(None,))
+        accs.append(acc['probe',None][0])
     return float(np.mean(accs)),float(np.std(accs))
 
-# %% ../../nbs/app/03_compare.ipynb #c1e5dc9f
-def _features(encoder, dl, info): return raw_features(dl, info) if encoder is None else encode(encoder, dl)
+# %% ../../nbs/app/03_compare.ipynb #34a067bf
+def _features(encoder, dl, info):
+    return raw_features(dl, info) if encoder is None else encode(encoder, dl)
 
 @torch.no_grad()
 def measure(
@@ -75,7 +80,8 @@ def measure(
 ): # (numbers, neighbours (N,10))
     "What can be said of an encoder with and without labels; the test part is not touched"
     info,train = dls.info,dls.train.new(shuffle=False, drop_last=False)
-    h,y = [torch.cat(o) for o in zip(*[_features(encoder, dl, info) for dl in (train, dls.valid)])]
+    seen = [_features(encoder, dl, info) for dl in (train, dls.valid)]
+    h,y = [torch.cat(o) for o in zip(*seen)]
     seed_everything(seed)
     x,views = train.new(bs=500).one_batch()[0],default_views(info)
     h1,h2 = [_features(encoder and encoder.eval(), [(v, v)], info)[0] for v in (views(x), views(x))]
@@ -84,7 +90,7 @@ def measure(
     if score: numbers |= dict(zip(('probe','± probe'), score))
     return numbers,nearest_ids(h[:n], torch.arange(n, device=h.device), min(10, n-1)).cpu()
 
-# %% ../../nbs/app/03_compare.ipynb #bdf448bc
+# %% ../../nbs/app/03_compare.ipynb #e7b1dcfa
 def compare(
     cfg:dict, # From `settings`
     methods=None, # Names, perhaps with settings ('simclr:temp=0.1'); None takes all that fit
@@ -96,12 +102,17 @@ def compare(
     "Try methods on a data set; what is already in the folder is not run again"
     out = _folder(out, cfg)
     names = [*references, *candidates(cfg['kind'], methods)]
-    results = run_many(cfg, names, out/'compare.json', seeds, measure, partial(_keep, out), workers, bar)
-    for seed in {r['seed'] for r in results['runs']}: _agreed([r for r in results['runs'] if r['seed']==seed], out)
-    write_json(out/'compare.json', results)
+    file,keep = out/'compare.json',partial(_keep, out)
+    results = run_many(cfg, names, file, seeds, measure, keep, workers, bar)
+    runs = results['runs']
+    for seed in {r['seed'] for r in runs}: _agreed([r for r in runs if r['seed']==seed], out)
+    write_json(file, results)
     return results
 
-def _folder(out, cfg): return Path(out or f'runs/compare-{Path(cfg["data"]).stem}').expanduser()
+# %% ../../nbs/app/03_compare.ipynb #2c6e24f3
+def _folder(out, cfg):
+    return Path(out or f'runs/compare-{Path(cfg["data"]).stem}').expanduser()
+
 def _file(out, r): return out/'neighbours'/f'{r["method"]}-{r["seed"]}.npy'
 
 def _keep(out, numbers, near):
@@ -118,8 +129,8 @@ def _agreed(runs, out):
     agreed = agreement(near, judges)
     for r in runs: r['agreement'] = agreed[r['method']]
 
-# %% ../../nbs/app/03_compare.ipynb #b2bbeb83
-label_free = 'agreement','views' # what the order without labels is made of; see the page 'Which task?'
+# %% ../../nbs/app/03_compare.ipynb #bc59f7fa
+label_free = 'agreement','views' # the order without labels; see the page 'Which task?'
 
 def free_score(
     table:pd.DataFrame # With the columns `label_free`
@@ -127,6 +138,7 @@ def free_score(
     "Mean place by the label-free measures"
     return table[list(label_free)].rank(pct=True).mean(axis=1)
 
+# %% ../../nbs/app/03_compare.ipynb #7d707bd5
 def _over_seeds(runs):
     "One row per method: means over seeds; the ± of the probe holds draws of labels and seeds"
     t = pd.DataFrame(runs)
@@ -138,6 +150,7 @@ def _over_seeds(runs):
     m['diagnosis'] = groups['diagnosis'].agg(kind) if 'diagnosis' in t else None
     return m
 
+# %% ../../nbs/app/03_compare.ipynb #940c43fa
 def ranking(
     results:dict # From `compare`
 )->pd.DataFrame: # One row per method, best first; the references are in `results` only
@@ -146,16 +159,16 @@ def ranking(
     if not good: raise ValueError('no method could be trained on this data: ' + '; '.join(
         f'{r["method"]}: {r["error"]}' for r in results['runs'] if 'error' in r))
     t = _over_seeds(good)
-    t['score'] = free_score(t)
+    t['score'],t['healthy'] = free_score(t),t.diagnosis.isna()
     by = 'probe' if 'probe' in t else 'score'
-    healthy = t.diagnosis.isna()
-    return t.assign(healthy=healthy).sort_values(['healthy',by], ascending=False).drop(columns='healthy')
+    return t.sort_values(['healthy',by], ascending=False).drop(columns='healthy')
 
-# %% ../../nbs/app/03_compare.ipynb #8140c3a4
-_columns = dict(probe='{:.1f}', accuracy='{:.2f}', agreement='{:.2f}', views='{:.2f}', rankme='{:.1f}',
-                std='{:.2f}', score='{:.2f}', seconds='{:.0f}')
+# %% ../../nbs/app/03_compare.ipynb #613a1a80
+_columns = dict(probe='{:.1f}', accuracy='{:.2f}', agreement='{:.2f}', views='{:.2f}',
+                rankme='{:.1f}', std='{:.2f}', score='{:.2f}', seconds='{:.0f}')
 
-def _untrained(results): return _over_seeds([r for r in results['runs'] if r['method'] in references])
+def _untrained(results):
+    return _over_seeds([r for r in results['runs'] if r['method'] in references])
 
 def text_ranking(
     results:dict # From `compare`
@@ -163,34 +176,38 @@ def text_ranking(
     "The ranking as you read it; what was not trained stands at the bottom"
     rows = pd.concat([ranking(results), _untrained(results)])
     cell = lambda f, v: '' if v is None or pd.isna(v) else f.format(v)
-    t = pd.DataFrame({c: [cell(f, v) for v in rows[c]] for c,f in _columns.items() if c in rows}, rows.index)
+    shown = {c: [cell(f, v) for v in rows[c]] for c,f in _columns.items() if c in rows}
+    t = pd.DataFrame(shown, rows.index)
     if 'probe' in t: t['probe'] = [f'{p} ± {s:.1f}' for p,s in zip(t.probe, rows['± probe'])]
     notes = [f'{d} collapse' if isinstance(d, str) else '' for d in rows.diagnosis]
     return (t.assign(note=notes) if any(notes) else t).rename(columns={'accuracy': 'pretext'})
 
-# %% ../../nbs/app/03_compare.ipynb #9a7cca2f
+# %% ../../nbs/app/03_compare.ipynb #225884c4
 def figure(
     results:dict # From `compare`
 ):
     "One row per method, best first; dashed lines are what was not trained"
     t,refs = ranking(results),_untrained(results)
     shown = [c for c in ('probe','score','agreement','views','rankme','seconds') if c in t]
-    size = 1.9*len(shown)+1, 0.24*len(t)+0.9
+    size,places = (1.9*len(shown)+1, 0.24*len(t)+0.9),range(len(t))[::-1]
     fig,axs = plt.subplots(1, len(shown), figsize=size, sharey=True, dpi=72)
     colours = ['tab:red' if isinstance(d, str) else 'tab:blue' for d in t.diagnosis]
     for ax,c in zip(axs, shown):
         spread = t['± probe'] if c=='probe' else None
-        ax.barh(range(len(t))[::-1], t[c], color=colours, height=0.6, xerr=spread, error_kw=dict(lw=0.8))
+        ax.barh(places, t[c], color=colours, height=0.6, xerr=spread, error_kw=dict(lw=0.8))
         for name,style in zip(refs.index, ('--',':')):
             if c in refs: ax.axvline(refs.loc[name,c], ls=style, lw=1, color='k', label=name)
-        ax.set_title(c, fontsize=9); ax.tick_params(labelsize=8); ax.spines[['top','right']].set_visible(False)
+        ax.set_title(c, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.spines[['top','right']].set_visible(False)
     if 'probe' in t:
-        axs[0].set_xlim(max(0, min([*t.probe, *refs.probe])-8)); axs[0].legend(fontsize=6, loc='lower right')
-    axs[0].set_yticks(range(len(t))[::-1], t.index)
+        axs[0].set_xlim(max(0, min([*t.probe, *refs.probe])-8))
+        axs[0].legend(fontsize=6, loc='lower right')
+    axs[0].set_yticks(places, t.index)
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/app/03_compare.ipynb #81520307
+# %% ../../nbs/app/03_compare.ipynb #6e904b64
 def close_calls(
     t # From `ranking`, with a probe
 )->list: # Names
@@ -201,47 +218,59 @@ def close_calls(
 def _lead(t, refs):
     "Sentences about the first place"
     near,best = close_calls(t)[1:],refs.probe.idxmax()
-    draws = f'within the spread of the draws: {", ".join(near)}.' if near else 'beyond the spread of the draws.'
-    yield f'{t.index[0]} comes first{";" if near else ","} {draws}'
+    if near: yield f'{t.index[0]} comes first; within the spread of the draws: {", ".join(near)}.'
+    else: yield f'{t.index[0]} comes first, beyond the spread of the draws.'
     lead = t.probe.iloc[0]-refs.probe[best]
     if lead > (t['± probe'].iloc[0]**2 + refs['± probe'][best]**2)**0.5: return
     how = 'ahead of all' if lead<=0 else 'as good within its own spread'
-    yield (f'But the {best} is {how} ({refs.probe[best]:.1f}): train longer, on more samples, or on larger images.')
+    yield (f'But the {best} is {how} ({refs.probe[best]:.1f}): train longer, on more samples, or '
+           'on larger images.')
 
+# %% ../../nbs/app/03_compare.ipynb #15965061
 def advice(
     results:dict # From `compare`
 )->str:
     "What the ranking says, and what it does not"
     t,data = ranking(results),results['config']['data']
-    seeds = len({r.get('seed', 0) for r in results['runs']})
     if 'probe' in t: lines = [*_lead(t, _untrained(results))]
-    else: lines = [f'Fewer than two classes have six labels, so the order is by {" and ".join(label_free)}. '
-                   f'{_trust()} {t.index[0]} comes first.']
-    if seeds==1: lines += ['Each method was trained once: another seed may change the order of close ones.']
-    lines += [f'Left out: {k}: {v}' for k,v in {r['method']: r['error'] for r in results['runs'] if 'error' in r}.items()]
-    own = '' if data in builtin_data() else f' --data {data}'
-    return '\n'.join([*lines, f'Next: ssl_nb pretrain {t.index[0]}{own}; its report is on samples that were used '
-                              'for no choice.'])
+    else: lines = ['Fewer than two classes have six labels, so the order is by '
+                   f'{" and ".join(label_free)}. {_trust()} {t.index[0]} comes first.']
+    if len({r.get('seed', 0) for r in results['runs']})==1:
+        lines += ['Each method was trained once: another seed may change the order of close ones.']
+    name = data.partition(':')[0]
+    data = name if name in builtin_data() else shlex.quote(data)
+    lines += [*_failed(results, t), f'Next: ssl_nb pretrain {t.index[0]} --data {data}; its report '
+              'is on samples that were used for no choice.']
+    return '\n'.join(lines)
 
-# %% ../../nbs/app/03_compare.ipynb #ccd3d070
-# Rank correlation of the label-free order with the probe: over all methods, and without those that compare
-# views. The page 'Which task?' checks these numbers.
+def _failed(results, t):
+    "Sentences about methods that could not be trained, from any seed or from all"
+    for k,e in {r['method']: r['error'] for r in results['runs'] if 'error' in r}.items():
+        yield f'{"Not trained from every seed" if k in t.index else "Left out"}: {k}: {e}'
+
+# %% ../../nbs/app/03_compare.ipynb #42251799
+# Rank correlation of the label-free order with the probe: over all methods, and without those that
+# compare views. The page 'Which task?' checks these numbers.
 evidence = dict(digits=(0.91,0.9), cifar10=(0.8,0.4))
 
 def _trust():
     "How far the label-free order can be trusted, from our own data"
-    each = lambda i: ' and '.join(f'{v[i]:.2f} on {k}' for k,v in evidence.items())
-    return (f'Where we could check it, that order had a rank correlation with the order by labels of {each(0)} over '
-            f'all methods, and of {each(1)} without those that compare views (1 is the same order, 0 no relation).')
+    def each(i): return ' and '.join(f'{v[i]:.2f} on {k}' for k,v in evidence.items())
+    return ('Where we could check it, that order had a rank correlation with the order by labels '
+            f'of {each(0)} over all methods, and of {each(1)} without those that compare views '
+            '(1 is the same order, 0 no relation).')
 
-# %% ../../nbs/app/03_compare.ipynb #90c742f5
+# %% ../../nbs/app/03_compare.ipynb #b6fbdb00
 def compare_folder(
-    data=None, methods=None, out=None, workers=None, seeds=1, **kwargs # For `settings` and `compare`
+    data=None, methods=None, # For `settings`
+    out=None, workers=None, seeds=1, # For `compare`
+    **kwargs # For `settings`
 )->Path: # The folder
     "Compare, print the ranking and what it says, and save both"
     cfg = settings(data, methods, **dict(samples=1000) | kwargs)
     out,n = _folder(out, cfg),len(candidates(cfg['kind'], methods))
-    print(f'{Path(cfg["data"]).name}: {n} methods, {cfg["epochs"]} epochs each on {cfg["device"]} -> {out}', flush=True)
+    print(f'{Path(cfg["data"]).name}: {n} methods, {cfg["epochs"]} epochs each on '
+          f'{cfg["device"]} -> {out}', flush=True)
     results = compare(cfg, methods, out, seeds, workers)
     figure(results).savefig(out/'ranking.png', dpi=110, bbox_inches='tight')
     ranking(results).to_csv(out/'ranking.csv')

@@ -6,14 +6,14 @@
 __all__ = ['repo_root', 'project_info', 'ReadablePage', 'tex_to_mathml', 'mathml_page', 'drop_empty_sections', 'build_docs',
            'readme_text', 'make_readme']
 
-# %% ../../nbs/app/05_docs.ipynb #90bd4077
+# %% ../../nbs/app/05_docs.ipynb #0f59c100
 import ast, html, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from functools import lru_cache
 from pathlib import Path
-from fastcore.basics import listify
+from fastcore.basics import listify, patch
 
-# %% ../../nbs/app/05_docs.ipynb #b8971978
+# %% ../../nbs/app/05_docs.ipynb #834a4a8b
 def repo_root(
     path='.', # Where to start looking
 )->Path: # Folder that holds `settings.ini` and `nbs`
@@ -21,10 +21,10 @@ def repo_root(
     path = Path(path).resolve()
     for d in [path, *path.parents]:
         if (d/'settings.ini').exists() and (d/'nbs').is_dir(): return d
-    raise FileNotFoundError(f'{path} is not inside a clone of ssl_nb: there is no settings.ini and nbs/ in it or '
-                            'above. The site is built from the notebooks, which only the repository holds.')
+    raise FileNotFoundError(f'{path} is not inside a clone of ssl_nb: there is no settings.ini and '
+        'nbs/ in it or above. The site is built from the notebooks, which the repository holds.')
 
-# %% ../../nbs/app/05_docs.ipynb #04e29162
+# %% ../../nbs/app/05_docs.ipynb #c7197483
 def project_info(
     root, # Root of the repository
 )->dict: # `description`, `branch`, `repo_url`, `colab_url`
@@ -34,13 +34,16 @@ def project_info(
     s = cfg['DEFAULT']
     repo = f"{s['user']}/{s['repo']}"
     colab = f"https://colab.research.google.com/github/{repo}/blob/{s['branch']}/nbs/"
-    return dict(description=s['description'], branch=s['branch'], repo_url=f'https://github.com/{repo}', colab_url=colab)
+    return dict(description=s['description'], branch=s['branch'],
+                repo_url=f'https://github.com/{repo}', colab_url=colab)
 
-# %% ../../nbs/app/05_docs.ipynb #dbd99637
-def _unread(cell): return cell.cell_type=='code' and bool({'hide', 'default_exp'} & set(getattr(cell, 'directives_', {})))
+# %% ../../nbs/app/05_docs.ipynb #fd3d120c
+def _unread(cell):
+    directives = set(getattr(cell, 'directives_', {}))
+    return cell.cell_type=='code' and bool({'hide', 'default_exp'} & directives)
 
-# %% ../../nbs/app/05_docs.ipynb #0ab6779c
-def _is_leftover(out): # What a finished progress bar leaves in a notebook, and warnings of other libraries
+# %% ../../nbs/app/05_docs.ipynb #614a6064
+def _is_leftover(out): # What a finished progress bar leaves behind, and warnings of other libraries
     if out.get('name')=='stderr': return True
     page = ''.join((out.get('data') or {}).get('text/html', '?'))
     return not page.strip() or '<progress' in page
@@ -70,10 +73,10 @@ def _entries(nb): # Lower-case names that the reference of a notebook will hold
             if isinstance(o, defs) and not o.name.startswith('_'): names += listify(showdoc_nm(o))
     return {n.lower() for n in names}
 
-# %% ../../nbs/app/05_docs.ipynb #bda914ff
+# %% ../../nbs/app/05_docs.ipynb #9dcf6e20
 def _fix_links(
     md, # Markdown, as nbdev wrote it
-    pages, # Page -> (notebook, its entries), as in '/core/method.html' -> ('/core/01_method.ipynb', {'check_method'})
+    pages, # Page -> (notebook, entries): '/core/method.html' -> ('/core/01_method.ipynb', {...})
     repo_url, # For links to the source, which nbdev leaves without an address
 ):
     def one(m):
@@ -84,7 +87,7 @@ def _fix_links(
     md = md.replace('](/blob/', f']({repo_url}/blob/')
     return re.sub(r'\]\((/[\w./-]+\.html)#([^)\s]*)\)', one, md)
 
-# %% ../../nbs/app/05_docs.ipynb #9d9179d1
+# %% ../../nbs/app/05_docs.ipynb #4b0b928a
 def _reference(cells):
     "Split `cells` into the text and the reference, which starts with its own heading"
     from fastcore.nbio import mk_cell
@@ -95,12 +98,13 @@ def _reference(cells):
         else: groups.append([c])
         last = c
     if not groups: return body,[]
-    boxes = [[mk_cell('::: {.api}', 'markdown'), c, mk_cell(':::', 'markdown')] for g in groups for c in g]
-    return body, [mk_cell('## Reference', 'markdown'), *sum(boxes, [])]
+    md = lambda text: mk_cell(text, 'markdown')
+    boxes = [[md('::: {.api}'), c, md(':::')] for g in groups for c in g]
+    return body,[md('## Reference'), *sum(boxes, [])]
 
-# %% ../../nbs/app/05_docs.ipynb #eac2c421
+# %% ../../nbs/app/05_docs.ipynb #29dda903
 class ReadablePage:
-    "An nbdev processor: code stays where it is explained, the reference goes to the foot, and Colab is one click away"
+    "An nbdev processor: code stays where it is explained, and the reference goes to the foot"
     def __init__(self,
         nb, # The notebook, after nbdev's own processors
     ):
@@ -110,7 +114,8 @@ class ReadablePage:
         root = repo_root(self.path.parent)
         self.nbs,self.info = root/'nbs',project_info(root)
         rel = [p.relative_to(self.nbs) for p in self.nbs.rglob('[!_.]*.ipynb')]
-        self.pages = {f'/{nbpath2html(p).as_posix()}': (f'/{p.as_posix()}', _entries(self.nbs/p)) for p in rel}
+        self.pages = {f'/{nbpath2html(p).as_posix()}': (f'/{p.as_posix()}', _entries(self.nbs/p))
+                      for p in rel}
 
     def begin(self):
         cells = [c for c in self.nb.cells if not _unread(c)]
@@ -120,20 +125,25 @@ class ReadablePage:
         body,ref = _reference(cells)
         self.nb.cells = body[:1] + self.links() + body[1:] + ref
 
-    def _links(self, md): return _fix_links(md, self.pages, self.info['repo_url'])
+# %% ../../nbs/app/05_docs.ipynb #4488417b
+@patch
+def _links(self:ReadablePage, md): return _fix_links(md, self.pages, self.info['repo_url'])
 
-    def _code(self, c):
-        _fold_imports(c)
-        _tidy_outputs(c)
-        for o in c.outputs:
-            md = (o.get('data') or {}).get('text/markdown')
-            if md: o['data']['text/markdown'] = self._links(md)
+@patch
+def _code(self:ReadablePage, c):
+    _fold_imports(c)
+    _tidy_outputs(c)
+    for o in c.outputs:
+        md = (o.get('data') or {}).get('text/markdown')
+        if md: o['data']['text/markdown'] = self._links(md)
 
-    def links(self):
-        from fastcore.nbio import mk_cell
-        name = self.path.relative_to(self.nbs).as_posix()
-        if name=='index.ipynb': return [] # it is also the README
-        return [mk_cell(f"::: {{.page-links}}\n[Open in Colab]({self.info['colab_url']}{name})\n:::", 'markdown')]
+@patch
+def links(self:ReadablePage):
+    from fastcore.nbio import mk_cell
+    name = self.path.relative_to(self.nbs).as_posix()
+    if name=='index.ipynb': return [] # it is also the README
+    colab = f"[Open in Colab]({self.info['colab_url']}{name})"
+    return [mk_cell(f'::: {{.page-links}}\n{colab}\n:::', 'markdown')]
 
 # %% ../../nbs/app/05_docs.ipynb #7b44d894
 def tex_to_mathml(
@@ -148,7 +158,7 @@ def tex_to_mathml(
         why = next(l for l in re.sub('\x1b\\[[0-9;]*m', '', str(e)).splitlines() if l.strip())
         raise ValueError(f'equation not understood: {tex}\n{why}') from None
 
-# %% ../../nbs/app/05_docs.ipynb #d1d6e935
+# %% ../../nbs/app/05_docs.ipynb #c04b52c6
 _math = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 
 def mathml_page(
@@ -156,7 +166,8 @@ def mathml_page(
 )->str: # HTML with the equations as MathML
     "Translate every equation of a page"
     def one(m):
-        return f'<span class="math {m[1]}">{tex_to_mathml(html.unescape(m[2]).strip(), m[1]=="display")}</span>'
+        tex = html.unescape(m[2]).strip()
+        return f'<span class="math {m[1]}">{tex_to_mathml(tex, m[1]=="display")}</span>'
     return _math.sub(one, page)
 
 # %% ../../nbs/app/05_docs.ipynb #3d0d3e8a
@@ -168,22 +179,24 @@ def drop_empty_sections(
     def full(c): return 'section' not in c or any(Path(path).glob(c['contents']))
     return [c for c in contents if full(c)]
 
-# %% ../../nbs/app/05_docs.ipynb #72e200c6
+# %% ../../nbs/app/05_docs.ipynb #f9b6d756
 def _stage_config(cache, info):
     import yaml
     cfg = yaml.safe_load((cache/'_quarto.yml').read_text(encoding='utf-8'))
     web = cfg['website']
-    web.update({'description': info['description'], 'repo-url': info['repo_url'], 'repo-branch': info['branch']})
+    web |= {'description': info['description'], 'repo-url': info['repo_url'],
+            'repo-branch': info['branch']}
     web['sidebar']['contents'] = drop_empty_sections(web['sidebar']['contents'], cache)
     (cache/'_quarto.yml').unlink()
     (cache/'_quarto.yml').write_text(yaml.safe_dump(cfg, sort_keys=False), encoding='utf-8')
     return cfg
 
-# %% ../../nbs/app/05_docs.ipynb #5c3a063e
+# %% ../../nbs/app/05_docs.ipynb #7165d496
 def _smalldocs(cache):
     try: from smalldocs import config, site
     except ImportError:
-        sys.exit("Neither Quarto nor smalldocs is installed. With Python 3.11 or later: pip install 'smalldocs>=0.5.4'")
+        sys.exit('Neither Quarto nor smalldocs is installed. With Python 3.11 or later: '
+                 "pip install 'smalldocs>=0.5.4'")
     class Site(site.Site):
         def read(self, src):
             page = super().read(src)
@@ -207,16 +220,17 @@ def _render(cache): # Warnings of the renderer, one a line
     subprocess.run(['quarto', 'render', str(cache), '--no-execute'], check=True)
     return []
 
-# %% ../../nbs/app/05_docs.ipynb #1439e569
+# %% ../../nbs/app/05_docs.ipynb #c60c3ccf
 def build_docs(
-    out='_docs', # Folder for the site, relative to the root of the repository; replaced if it is there
+    out='_docs', # Folder for the site, relative to the root of the repository; it is replaced
     root=None, # Root of the repository; found from the current folder if not given
 )->Path: # The folder
     "Build the documentation site from the notebooks and the results stored in them"
     root = repo_root(root or '.')
     out,here = (root/out).resolve(),Path.cwd()
     if out.exists() and any(out.iterdir()) and not (out/'search.json').exists():
-        raise FileExistsError(f'{out} holds something else than a site; name another folder, or empty it')
+        raise FileExistsError(f'{out} holds something else than a site; name another folder, or '
+                              'empty it')
     try:
         os.chdir(root) # nbdev looks for its configuration from here
         from nbdev.serve import proc_nbs

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['family', 'results_file', 'parser', 'main']
 
-# %% ../../nbs/benchmarks/01_contrastive.ipynb #1ce091fc
+# %% ../../nbs/benchmarks/01_contrastive.ipynb #fa4c35ed
 import argparse, re
 from pathlib import Path
-from ..app.runner import references, run_many, settings
+from ..app.runner import method_names, references, run_many, settings
 from ..core.method import find_methods
 from ..evaluate.results import plot_results, protocol, text_table
 
-# %% ../../nbs/benchmarks/01_contrastive.ipynb #85263b9e
+# %% ../../nbs/benchmarks/01_contrastive.ipynb #9417cb82
 def family(
     folder:str='contrastive' # Folder of the notebooks
 )->list: # Names
     "The methods of one folder that can learn from single images, with labels or without"
-    found = find_methods().items()
-    return [k for k,c in found if c.__module__.split('.')[1]==folder and c.modality in (None, 'images')]
+    def belongs(c): return c.__module__.split('.')[1]==folder and c.modality in (None, 'images')
+    return [k for k,c in find_methods().items() if belongs(c)]
 
 def results_file(
     cfg:dict, # From `settings`
@@ -26,38 +26,41 @@ def results_file(
     name:str='contrastive' # What the file is about
 )->Path:
     "One file for each configuration"
-    data = re.sub(r'[^a-zA-Z0-9_]+', '-', Path(cfg['data']).stem) + (f'-{cfg["samples"]}' if cfg['samples'] else '')
+    data = re.sub(r'[^a-zA-Z0-9_]+', '-', Path(cfg['data']).stem)
+    if cfg['samples']: data += f'-{cfg["samples"]}'
     how = f'bs{cfg["batch_size"]}-e{cfg["epochs"]}-{cfg["device"].split(":")[0]}'
     return Path(folder)/f'{name}-{data}-{cfg["encoder"]}-{how}.json'
 
-# %% ../../nbs/benchmarks/01_contrastive.ipynb #a92e03a4
+# %% ../../nbs/benchmarks/01_contrastive.ipynb #002c2cbd
 def parser():
     "The arguments of the command"
-    p = argparse.ArgumentParser('python -m ssl_nb.benchmarks.contrastive', description='Compare the contrastive '
-                                'methods; writes a JSON file and a figure, prints the table.')
-    p.add_argument('--data', default='digits', help='digits, some of them (digits:3,8), or a folder of images')
-    p.add_argument('--methods', help='names with commas between (default: all)')
-    p.add_argument('--encoder', default='small_cnn', help='resnet18 for the CIFAR-10 table')
-    p.add_argument('--epochs', type=int, default=20)
-    p.add_argument('--batch-size', type=int, default=128)
-    p.add_argument('--lr', type=float, help="learning rate at the recipe's batch size (default: the recipe's)")
-    p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--samples', type=int, help='at most so many samples of each part, drawn at random')
-    p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
-    p.add_argument('--name', default='contrastive', help="first part of the file's name")
-    p.add_argument('--workers', type=int, help='runs at once (default: one per core on a CPU, one on a GPU)')
+    p = argparse.ArgumentParser('python -m ssl_nb.benchmarks.contrastive',
+        description='Compare the contrastive methods; writes results and figure, prints the table.')
+    def add(name, help=None, **kwargs): p.add_argument(name, help=help, **kwargs)
+    add('--data', 'digits, some of them (digits:3,8), or a folder of images', default='digits')
+    add('--methods', 'names with commas between (default: all)')
+    add('--encoder', 'resnet18 for the CIFAR-10 table', default='small_cnn')
+    add('--epochs', type=int, default=20)
+    add('--batch-size', type=int, default=128)
+    add('--lr', "at the recipe's batch size (default: the recipe's)", type=float)
+    add('--seeds', 'trainings of each method (default: 3)', type=int, default=3)
+    add('--samples', 'at most so many of each part, drawn at random', type=int)
+    add('--device', 'cpu, cuda or mps (default: the best there is)')
+    add('--name', "first part of the file's name", default='contrastive')
+    add('--workers', 'runs at once (default: one per core on a CPU, one on a GPU)', type=int)
     here = 'nbs/benchmarks/results' if Path('nbs').is_dir() else 'results'
-    p.add_argument('--folder', default=here, help='where the result goes')
+    add('--folder', 'where the result goes', default=here)
     return p
 
-# %% ../../nbs/benchmarks/01_contrastive.ipynb #394d3a7c
+# %% ../../nbs/benchmarks/01_contrastive.ipynb #738caddd
 def main(
     args=None # List of str; by default those of the process
 ):
     "Run the comparison"
     a = parser().parse_args(args)
-    methods = re.split(r',(?![^(]*\))', a.methods) if a.methods else family()
-    cfg = settings(a.data, methods, a.encoder, a.epochs, a.batch_size, a.lr, a.samples, device=a.device)
+    methods = method_names(a.methods) or family()
+    cfg = settings(a.data, methods, a.encoder, a.epochs, a.batch_size, a.lr, a.samples,
+                   device=a.device)
     file = results_file(cfg, a.folder, a.name)
     out = run_many(cfg, [*references, *methods], file, a.seeds, workers=a.workers)
     plot_results(out).savefig(file.with_suffix('.png'), dpi=72, bbox_inches='tight')

@@ -20,12 +20,12 @@ def did_you_mean(
     close = difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.4)
     return f'unknown {what} {name!r}; did you mean {", ".join(close or sorted(names)[:8])}?'
 
-# %% ../../nbs/core/00_common.ipynb #50f6597f
+# %% ../../nbs/core/00_common.ipynb #2af44140
 @contextmanager
 def whole_file(
     path # Where to
 ): # Gives the temporary name to write to
-    "What is written inside takes the name `path` at the end, so that `path` is complete at every moment"
+    "What is written inside takes the name `path` at the end: it is complete at every moment"
     path = Path(path)
     tmp = path.with_name(path.name+'.tmp')
     yield tmp

@@ -21,16 +21,16 @@ from .loader import DataInfo, get_kind
 from .masks import gather_tokens
 from .common import did_you_mean, write_json
 
-# %% ../../nbs/core/05_encoders.ipynb #9f46a4ab
+# %% ../../nbs/core/05_encoders.ipynb #aa5a4a74
 class ImageEncoder(nn.Module):
     "A timm model that normalises its own input: images in [0,1] to features"
     def __init__(self,
         model, # timm model with `num_classes=0`
-        mean, # One number a channel
-        std # One number a channel
+        mean, # One number per channel
+        std # One number per channel
     ):
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last) # the layout that convolutions are fastest in
+        self.model = model.to(memory_format=torch.channels_last) # fastest for convolutions
         self.num_features = getattr(model, 'head_hidden_size', model.num_features)
         self.register_buffer('mean', torch.tensor(mean).view(1,-1,1,1))
         self.register_buffer('std', torch.tensor(std).view(1,-1,1,1))
@@ -47,37 +47,40 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x): return self.model.forward_head(self.forward_features(x), pre_logits=True)
 
-# %% ../../nbs/core/05_encoders.ipynb #18617593
+# %% ../../nbs/core/05_encoders.ipynb #58d2162e
 def vit_features(
     vit, # timm VisionTransformer
     x, # (B,C,H,W), normalised
     keep=None # (B,K) positions of the patches to look at; None means all
 ): # (B, prefix + K, D)
     "The tokens of a ViT whose blocks see only the kept patches (He et al. 2022, sec. 3)"
-    if not isinstance(vit, VisionTransformer): raise ValueError(f'{type(vit).__name__} cannot leave out patches; use a ViT such as small_vit')
+    if not isinstance(vit, VisionTransformer):
+        name = type(vit).__name__
+        raise ValueError(f'{name} cannot leave out patches; use a ViT such as small_vit')
     x = vit._pos_embed(vit.patch_embed(x))
     p = vit.num_prefix_tokens
     if keep is not None: x = torch.cat([x[:,:p], gather_tokens(x[:,p:], keep)], 1)
     return vit.norm(vit.blocks(vit.norm_pre(x)))
 
-# %% ../../nbs/core/05_encoders.ipynb #525931c5
+# %% ../../nbs/core/05_encoders.ipynb #848f0d24
 def _registered(model, name, pretrained):
     "Let timm save the model under our name, and load the weights of a folder into it"
     model._model_args = {}
-    model.pretrained_cfg = dict(model.pretrained_cfg, architecture=name)
-    if pretrained: load_pretrained(model, model.pretrained_cfg, model.num_classes, model.pretrained_cfg['input_size'][0])
+    cfg = model.pretrained_cfg = dict(model.pretrained_cfg, architecture=name)
+    if pretrained: load_pretrained(model, cfg, model.num_classes, cfg['input_size'][0])
     return model
 
 @register_model
 def small_stem(pretrained=False, variant='resnet18', stem_stride=1, **kwargs):
     "A timm ResNet for small images: 3x3 stem with `stem_stride`, no pooling after it"
     model = timm.create_model(variant, **kwargs)
-    model.conv1 = nn.Conv2d(model.conv1.in_channels, model.conv1.out_channels, 3, stem_stride, 1, bias=False)
+    old = model.conv1
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stem_stride, 1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     model.maxpool = nn.Identity()
     return _registered(model, 'small_stem', pretrained)
 
-# %% ../../nbs/core/05_encoders.ipynb #9812d08e
+# %% ../../nbs/core/05_encoders.ipynb #c9bc1c29
 @register_model
 def small_resnet(pretrained=False, **kwargs):
     "A ResNet of four blocks, 1.2 M parameters, for tiny images"
@@ -87,16 +90,19 @@ def small_resnet(pretrained=False, **kwargs):
 @register_model
 def small_vit(pretrained=False, **kwargs):
     "A ViT of four blocks of width 128, 0.8 M parameters; features are the mean of the patch tokens"
-    kwargs = dict(embed_dim=128, depth=4, num_heads=4, class_token=False, global_pool='avg', fc_norm=False) | kwargs
-    return _registered(timm.create_model('vit_tiny_patch16_224', **kwargs), 'small_vit', pretrained)
+    own = dict(embed_dim=128, depth=4, num_heads=4, class_token=False, global_pool='avg',
+               fc_norm=False)
+    model = timm.create_model('vit_tiny_patch16_224', **own | kwargs)
+    return _registered(model, 'small_vit', pretrained)
 
-# %% ../../nbs/core/05_encoders.ipynb #04115114
+# %% ../../nbs/core/05_encoders.ipynb #c8371513
 class SmallCNN(nn.Module):
-    "Four 3x3 convolutions with pooling between them; features are the mean of the last map, batch-normalised"
+    "Four 3x3 convolutions with pooling; features are the mean of the last map"
     def __init__(self,
         in_chans:int=3, num_classes:int=0, # timm's names; there is no classifier
         stem_stride:int=2, # Stride of the first convolution
-        channels=(32,64,128,256) # Of the four convolutions
+        channels=(32,64,128,256), # Of the convolutions
+        norm:bool=True # Batch normalisation of the last map, after its ReLU?
     ):
         super().__init__()
         self.num_classes,self.num_features,layers = 0,channels[-1],[]
@@ -105,35 +111,39 @@ class SmallCNN(nn.Module):
             layers.append(nn.Conv2d(a, b, k, s, (k-s+1)//2, bias=False))
             if i<len(channels)-1: layers.append(nn.MaxPool2d(2, ceil_mode=True))
             layers += [nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
-        self.body,self.norm = nn.Sequential(*layers),nn.BatchNorm1d(self.num_features)
+        if norm: layers.append(nn.BatchNorm2d(self.num_features))
+        self.body = nn.Sequential(*layers)
 
     def forward_features(self, x): return self.body(x) # (B,C,h,w)
-    def forward_head(self, x, pre_logits=True): return self.norm(x.mean((2,3)))
+    def forward_head(self, x, pre_logits=True): return x.mean((2,3))
     def forward(self, x): return self.forward_head(self.forward_features(x))
 
+# %% ../../nbs/core/05_encoders.ipynb #456dbd09
 @register_model
 def small_cnn(pretrained=False, **kwargs):
     "Four convolutions, 0.4 M parameters, for small images and laptops"
     kwargs['pretrained_cfg'] = kwargs.get('pretrained_cfg') or dict(architecture='small_cnn')
     return build_model_with_cfg(SmallCNN, 'small_cnn', pretrained, **kwargs)
 
-# %% ../../nbs/core/05_encoders.ipynb #9b126b09
+# %% ../../nbs/core/05_encoders.ipynb #b61afbe3
 def patch_size(
     size:int # Side of the image in pixels
 )->int: # Side of a patch that divides it
-    "About eight patches a side, the largest power of two that divides `size`; four a side below 16 px"
+    "The largest power of two up to an eighth of `size` that divides it; 2 up to 16 px"
     p = 2 if size<=16 else max(2, size//8)
     while p>1 and (size%p or p&(p-1)): p -= 1
     return p
 
 def _fit_args(name, info):
     "Arguments by which a timm model fits the data"
-    if name in ('small_cnn','small_resnet'): return dict(stem_stride=1 if info.size<=20 else 2 if info.size<=48 else 4)
+    strides = 1 if info.size<=20 else 2 if info.size<=48 else 4
+    if name in ('small_cnn','small_resnet'): return dict(stem_stride=strides)
     if name=='small_stem': return dict(stem_stride=1 if info.size<=48 else 2)
     if name=='small_vit': return dict(img_size=info.size, patch_size=patch_size(info.size))
-    return dict(img_size=info.size) if name.startswith(('vit','deit','eva','swin','beit','cait')) else {}
+    sized = name.startswith(('vit','deit','eva','swin','beit','cait'))
+    return dict(img_size=info.size) if sized else {}
 
-# %% ../../nbs/core/05_encoders.ipynb #a34dfae4
+# %% ../../nbs/core/05_encoders.ipynb #557d2c5b
 def image_encoder(
     name:str, # 'small_cnn', 'small_vit', or any timm model
     info:DataInfo, # `dls.info`
@@ -153,8 +163,9 @@ def image_encoder(
     model.pretrained_cfg = dict(model.pretrained_cfg, **own)
     return ImageEncoder(model, info.mean or [0.5]*info.channels, info.std or [0.25]*info.channels)
 
+# %% ../../nbs/core/05_encoders.ipynb #6258c457
 def create_encoder(
-    name:str, # 'small_cnn', 'small_vit', any timm model, 'small_text', ...; None takes what is usual
+    name:str, # 'small_cnn', 'small_vit', any timm model, 'small_text', ...; None: the usual one
     info:DataInfo, # `dls.info`
     **kwargs # For the network
 ): # An encoder with random weights
@@ -162,7 +173,7 @@ def create_encoder(
     kind = get_kind(info.kind)
     return kind.encoder(name or kind.default_encoder, info, **kwargs)
 
-# %% ../../nbs/core/05_encoders.ipynb #24da44ed
+# %% ../../nbs/core/05_encoders.ipynb #4b413ff5
 def map_channels(
     encoder # An `ImageEncoder`
 )->int:
@@ -179,46 +190,53 @@ def feature_map(
     if h.ndim==3:
         h = h[:,getattr(encoder.model, 'num_prefix_tokens', 0):]
         g,name = round(h.shape[1]**0.5),type(encoder.model).__name__
-        if g*g!=h.shape[1]: raise ValueError(f'{name} gives {h.shape[1]} tokens, which make no square map')
+        if g*g!=h.shape[1]:
+            raise ValueError(f'{name} gives {h.shape[1]} tokens, which make no square map')
         return h.transpose(1, 2).unflatten(2, (g,g))
     return h if h.shape[1]==D else h.permute(0, 3, 1, 2) # some models keep channels last
 
-# %% ../../nbs/core/05_encoders.ipynb #f8254f48
+# %% ../../nbs/core/05_encoders.ipynb #a69fa6d6
 @patch
 def tokens(self:ImageEncoder,
     x, # (B,C,H,W) in [0,1]
     keep=None # (B,K) positions of the patches to look at; ViT only
 ): # (h (B,N,D), None): positions row by row; K of them where `keep` is given
-    "One feature vector per position; tokens that stand for no place, such as the class token, are left out"
+    "One feature vector per position; the class token and others of no place are left out"
     h = self.forward_features(x, keep)
     if h.ndim==3: return h[:,getattr(self.model, 'num_prefix_tokens', 0):],None
     return feature_map(self, x, h).flatten(2).transpose(1, 2),None
 
-# %% ../../nbs/core/05_encoders.ipynb #5c704b61
+# %% ../../nbs/core/05_encoders.ipynb #528c576d
 class TextTransformer(nn.Module):
-    "A small transformer encoder for tokens (B,L), 0 = padding; features are the mean over real tokens"
+    "A small transformer for tokens (B,L), 0 = padding; features are the mean over real tokens"
     def __init__(self,
         vocab_size:int, # Number of tokens, including padding at 0
         max_len:int=64, # Longest text in tokens
         dim:int=64, depth:int=1, heads:int=4, drop:float=0.
     ):
         super().__init__()
-        self.args = dict(vocab_size=vocab_size, max_len=max_len, dim=dim, depth=depth, heads=heads, drop=drop)
+        self.args = dict(vocab_size=vocab_size, max_len=max_len, dim=dim, depth=depth,
+                         heads=heads, drop=drop)
         self.num_features = dim
         self.embedding = nn.Embedding(vocab_size, dim, padding_idx=0)
         self.positions = nn.Parameter(torch.empty(max_len, dim))
-        self.norm = nn.LayerNorm(dim) # as in BERT: without it, vectors this small drown in what the blocks add to them
-        layer = nn.TransformerEncoderLayer(dim, heads, 4*dim, drop, 'gelu', batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(dim) # as in BERT; without it the blocks drown vectors this small
+        layer = nn.TransformerEncoderLayer(dim, heads, 4*dim, drop, 'gelu', batch_first=True,
+                                           norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim),
+                                            enable_nested_tensor=False)
         self.drop = nn.Dropout(drop)
         self.reset_parameters()
 
-    def reset_parameters(self):
-        "BERT's initial embeddings: normal with deviation 0.02, padding at zero"
-        nn.init.normal_(self.embedding.weight, std=0.02); nn.init.normal_(self.positions, std=0.02)
-        with torch.no_grad(): self.embedding.weight[0] = 0
+# %% ../../nbs/core/05_encoders.ipynb #7bebd895
+@patch
+def reset_parameters(self:TextTransformer):
+    "BERT's initial embeddings: normal with deviation 0.02, padding at zero"
+    nn.init.normal_(self.embedding.weight, std=0.02)
+    nn.init.normal_(self.positions, std=0.02)
+    with torch.no_grad(): self.embedding.weight[0] = 0
 
-# %% ../../nbs/core/05_encoders.ipynb #c025dde9
+# %% ../../nbs/core/05_encoders.ipynb #416e97ca
 @patch
 def forward_features(self:TextTransformer,
     x, # (B,L) long, 0 = padding
@@ -230,12 +248,12 @@ def forward_features(self:TextTransformer,
         raise ValueError(f'text of {x.shape[1]} tokens, but this encoder takes at most {most}')
     pad,h = x==0,self.embedding(x) + self.positions[:x.shape[1]]
     if keep is not None: pad,h = pad.gather(1, keep),gather_tokens(h, keep)
-    pad = pad & ~pad.all(1, keepdim=True) # without any token, padding is attended to: better than nothing
+    pad = pad & ~pad.all(1, keepdim=True) # a row of padding only attends to its padding
     return self.blocks(self.drop(self.norm(h)), src_key_padding_mask=pad)
 
 @patch
 def tokens(self:TextTransformer, x, keep=None):
-    "One feature vector per token (B,L,D), and which are no padding (B,L); see `ImageEncoder.tokens`"
+    "(B,L,D), one feature vector per token, and which are real (B,L); see `ImageEncoder.tokens`"
     return self.forward_features(x, keep),x!=0 if keep is None else x.gather(1, keep)!=0
 
 @patch
@@ -253,7 +271,7 @@ def text_encoder(
     if name!='small_text': raise ValueError(did_you_mean(name, ['small_text'], 'text encoder'))
     return TextTransformer(**dict(vocab_size=info.vocab_size, max_len=info.max_len) | kwargs)
 
-# %% ../../nbs/core/05_encoders.ipynb #e64a8e32
+# %% ../../nbs/core/05_encoders.ipynb #6fdb1219
 class ConvGRU(nn.Module):
     "A GRU whose state is a map and whose products are 3x3 convolutions (Ballas et al. 2016)"
     def __init__(self,
@@ -261,7 +279,8 @@ class ConvGRU(nn.Module):
         dim:int # Of the state
     ):
         super().__init__()
-        self.from_input,self.from_state = [nn.Conv2d(c, 3*dim, 3, padding=1).to(memory_format=torch.channels_last) for c in (channels, dim)]
+        convs = [nn.Conv2d(c, 3*dim, 3, padding=1) for c in (channels, dim)]
+        self.from_input,self.from_state = [c.to(memory_format=torch.channels_last) for c in convs]
 
     def forward(self,
         x # (B,F,C,h,w) a map for each frame
@@ -275,48 +294,54 @@ class ConvGRU(nn.Module):
             states.append(h)
         return torch.stack(states, 1)
 
-# %% ../../nbs/core/05_encoders.ipynb #90269b14
+# %% ../../nbs/core/05_encoders.ipynb #8dc3d6f4
 def _small_frames(channels, size, dim):
-    "Two convolutions for the frames of `small_video`: patches of 4 pixels (or an eighth of the side, if that is more), then 3x3"
+    "Two convolutions for frames: patches of 4 pixels (or more: an eighth of the side), then 3x3"
     p,layers = max(4, size//8),[]
-    for conv in (nn.Conv2d(channels, dim, p, p, bias=False), nn.Conv2d(dim, dim, 3, 1, 1, bias=False)):
+    first = nn.Conv2d(channels, dim, p, p, bias=False)
+    for conv in (first, nn.Conv2d(dim, dim, 3, 1, 1, bias=False)):
         layers += [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
+# %% ../../nbs/core/05_encoders.ipynb #8b57533b
 class VideoEncoder(nn.Module):
     "Frames through an image network, then in order through a `ConvGRU`: clips in [0,1] to features"
     def __init__(self,
         frame:str='small_video', # Network of the frames: 'small_video', or any encoder of images
         channels:int=1, size:int=24, # Of the frames
-        mean=(0.,), std=(1.,), # One number a channel
+        mean=(0.,), std=(1.,), # One number per channel
         dim:int=32 # Channels of the state
     ):
         super().__init__()
-        self.args = dict(frame=frame, channels=channels, size=size, mean=list(mean), std=list(std), dim=dim)
-        self.num_features = dim
-        plain = DataInfo(channels=channels, size=size, mean=[0.]*channels, std=[1.]*channels) # normalised here already
-        self.net = _small_frames(channels, size, dim) if frame=='small_video' else image_encoder(frame, plain)
-        self.gru = ConvGRU(dim if frame=='small_video' else map_channels(self.net), dim)
+        self.args = dict(frame=frame, channels=channels, size=size, mean=list(mean),
+                         std=list(std), dim=dim)
+        self.num_features,own = dim,frame=='small_video'
+        plain = DataInfo(channels=channels, size=size, # normalised here already
+                         mean=[0.]*channels, std=[1.]*channels)
+        self.net = _small_frames(channels, size, dim) if own else image_encoder(frame, plain)
+        self.gru = ConvGRU(dim if own else map_channels(self.net), dim)
         self.register_buffer('mean', torch.tensor(mean).view(1,-1,1,1))
         self.register_buffer('std', torch.tensor(std).view(1,-1,1,1))
 
-# %% ../../nbs/core/05_encoders.ipynb #ba41aa97
+# %% ../../nbs/core/05_encoders.ipynb #b3804d0e
 @patch
 def states(self:VideoEncoder,
     x # (B,C,F,H,W) in [0,1], any number of frames
 ): # (B,F,D,h,w)
     "The state after each frame"
     c,s = self.args['channels'],self.args['size']
-    if x.ndim!=5 or x.shape[1]!=c or x.shape[3:]!=(s,s): raise ValueError(f'this encoder takes clips (B,{c},F,{s},{s}), got {tuple(x.shape)}')
+    if x.ndim!=5 or x.shape[1]!=c or x.shape[3:]!=(s,s):
+        raise ValueError(f'this encoder takes clips (B,{c},F,{s},{s}), got {tuple(x.shape)}')
     frames = (x.transpose(1, 2).flatten(0, 1)-self.mean)/self.std
     maps = feature_map(self.net, frames) if isinstance(self.net, ImageEncoder) else self.net(frames)
     return self.gru(maps.unflatten(0, (len(x),-1)))
 
+# %% ../../nbs/core/05_encoders.ipynb #23f3cb5f
 @patch
 def forward_features(self:VideoEncoder,
     x # (B,C,F,H,W)
 ): # (B,D,h,w)
-    "The state after the last frame, which is all that may be known of the next one; the features are the mean over all frames"
+    "The state after the last frame: all that may be known of the next one"
     return self.states(x)[:,-1]
 
 @patch
@@ -340,14 +365,16 @@ def video_encoder(
     c = info.channels
     return VideoEncoder(name, c, info.size, info.mean or [0.5]*c, info.std or [0.25]*c, **kwargs)
 
-# %% ../../nbs/core/05_encoders.ipynb #c12789da
+# %% ../../nbs/core/05_encoders.ipynb #2aaa4133
 def _own_class(name):
     "The class of an encoder of this package, by its full name"
     module,_,cls = name.rpartition('.')
     found = getattr(importlib.import_module(module), cls, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)): raise ValueError(f'{name} is no encoder')
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f'{name} is no encoder')
     return found
 
+# %% ../../nbs/core/05_encoders.ipynb #4377e42d
 def save_encoder(
     encoder, # An encoder of this notebook, or any timm model
     folder # Where `config.json` and `model.safetensors` go
@@ -357,25 +384,31 @@ def save_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(encoder, 'args'): # no timm model, but one that can be built from its arguments
         cls = type(encoder)
-        save_file({k:v.contiguous() for k,v in encoder.state_dict().items()}, folder/'model.safetensors')
-        write_json(folder/'config.json', dict(architecture=f'{cls.__module__}.{cls.__qualname__}', model_args=encoder.args))
+        state = {k: v.contiguous() for k,v in encoder.state_dict().items()}
+        save_file(state, folder/'model.safetensors')
+        name = f'{cls.__module__}.{cls.__qualname__}'
+        write_json(folder/'config.json', dict(architecture=name, model_args=encoder.args))
     else:
-        model = copy.deepcopy(getattr(encoder, 'model', encoder)).to(memory_format=torch.contiguous_format)
-        norm = dict(mean=encoder.mean.flatten().tolist(), std=encoder.std.flatten().tolist()) if hasattr(encoder, 'mean') else {}
+        model = copy.deepcopy(getattr(encoder, 'model', encoder))
+        model = model.to(memory_format=torch.contiguous_format)
+        norm = {k: getattr(encoder, k).flatten().tolist() for k in ('mean','std')
+                if hasattr(encoder, k)}
         model.pretrained_cfg = {**model.pretrained_cfg, **norm, 'num_classes': 0}
         save_for_hf(model, str(folder), safe_serialization=True, model_args=model._model_args)
 
-# %% ../../nbs/core/05_encoders.ipynb #bb3a12ba
+# %% ../../nbs/core/05_encoders.ipynb #05a7d635
 def load_encoder(
     folder # Made by `save_encoder`
 ): # The encoder, in evaluation mode
     "Load an encoder; nothing in the files is executed"
     folder = Path(folder)
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f'{folder} holds no encoder: config.json is missing')
+    if not (folder/'config.json').exists():
+        raise FileNotFoundError(f'{folder} holds no encoder: config.json is missing')
     cfg = json.loads((folder/'config.json').read_text())
     if cfg['architecture'].startswith('ssl_nb.'):
         enc = _own_class(cfg['architecture'])(**cfg['model_args'])
         enc.load_state_dict(load_file(folder/'model.safetensors'))
         return enc.eval()
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    return ImageEncoder(model, list(model.pretrained_cfg['mean']), list(model.pretrained_cfg['std'])).eval()
+    mean,std = [list(model.pretrained_cfg[k]) for k in ('mean','std')]
+    return ImageEncoder(model, mean, std).eval()

@@ -26,7 +26,7 @@ from .loader import DataInfo, one_label
 from .measures import encode, feature_std, knn_predict, rankme
 from .method import Method
 
-# %% ../../nbs/core/08_learner.ipynb #01321501
+# %% ../../nbs/core/08_learner.ipynb #257a8b33
 class Pretext(Callback):
     "Ask the method's question: replace each batch by what `pretext` makes of it"
     order = 11 # inside the autocast of `MixedPrecision`, which has order 10
@@ -46,17 +46,19 @@ class Pretext(Callback):
 
     def _too_small(self):
         if not self.training: raise CancelBatchException
-        raise ValueError(f'{type(self.method).__name__} compares samples with each other and needs batches of at least '
-                         f'{self.method.min_batch}, got {find_bs(self.xb)}; raise batch_size')
+        name,least = type(self.method).__name__,self.method.min_batch
+        raise ValueError(f'{name} compares samples with each other and needs batches of at least '
+                         f'{least}, got {find_bs(self.xb)}; raise batch_size')
 
-# %% ../../nbs/core/08_learner.ipynb #d5a1c990
+# %% ../../nbs/core/08_learner.ipynb #39543478
 class MethodMetric(Metric):
     "Mean over the validation set of one of the method's own metrics"
     def __init__(self, glue, name): self.glue,self._name = glue,name
     def reset(self): self.total,self.count = 0.,0
     def accumulate(self, learn):
         value = self.glue.method.metrics(learn.pred, *self.glue.targets)[self._name]
-        self.total,self.count = self.total+to_detach(torch.as_tensor(value).float())*self.glue.n,self.count+self.glue.n
+        n,value = self.glue.n,to_detach(torch.as_tensor(value).float())
+        self.total,self.count = self.total+value*n,self.count+n
     @property
     def value(self): return float(self.total/self.count) if self.count else None
     @property
@@ -77,7 +79,7 @@ def before_fit(self:Pretext):
     self.method.train(training)
     self.learn.metrics = self.learn.metrics + [MethodMetric(self, n) for n in names]
 
-# %% ../../nbs/core/08_learner.ipynb #9d65b51f
+# %% ../../nbs/core/08_learner.ipynb #af1049ec
 def seed_everything(seed):
     "Start the random generators of Python, NumPy and PyTorch (all devices) from `seed`"
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
@@ -87,14 +89,14 @@ class EpochSeed(Callback):
     order,done = -5,0
     def __init__(self, seed:int=0): self.seed = seed
     def before_epoch(self):
-        seed_everything(self.seed*1_000_003 + self.done)
-        dl = self.dls.train
+        seed,dl = self.seed*1_000_003 + self.done,self.dls.train
+        seed_everything(seed)
         dl.epoch = self.done # a ResidentDL
-        if hasattr(dl, 'rng'): dl.rng = random.Random(self.seed*1_000_003 + self.done) # fastai's loaders
+        if hasattr(dl, 'rng'): dl.rng = random.Random(seed) # fastai's loaders
     def after_train(self): self.done += 1
     def before_validate(self): seed_everything(self.seed*1_000_003 - 1)
 
-# %% ../../nbs/core/08_learner.ipynb #688eaf0b
+# %% ../../nbs/core/08_learner.ipynb #606643b2
 class OnlineKNN(Callback):
     "After each epoch: k-NN accuracy on the validation set, with the training set as the bank"
     order,value = 45,None
@@ -110,26 +112,28 @@ class OnlineKNN(Callback):
         if 'knn' in self.learn.metrics.attrgot('name'): return
         self.learn.metrics = self.learn.metrics + [ValueMetric(lambda: self.value, 'knn')]
 
-    def after_validate(self):
-        self.value = None
-        if self.epoch % self.every and self.epoch != self.n_epoch-1: return
-        info = getattr(self.dls, 'info', DataInfo())
-        seen = [encode(self.method.encoder, dl, self.n) for dl in (self.bank, self.dls.valid)]
-        (h,y),(vh,vy) = [(h, one_label(y, info, self.label)) for h,y in seen]
-        known,vknown = y>=0,vy>=0
-        if not known.any() or not vknown.any(): return
-        pred = knn_predict(h[known], y[known], vh[vknown], self.k, self.temp)
-        self.value = (pred==vy[vknown]).float().mean().item()
-
     @property
     def method(self): return self.learn.pretext.method
 
-# %% ../../nbs/core/08_learner.ipynb #2914201d
+# %% ../../nbs/core/08_learner.ipynb #151300db
+@patch
+def after_validate(self:OnlineKNN):
+    self.value = None
+    if self.epoch % self.every and self.epoch != self.n_epoch-1: return
+    info = getattr(self.dls, 'info', DataInfo())
+    seen = [encode(self.method.encoder, dl, self.n) for dl in (self.bank, self.dls.valid)]
+    (h,y),(vh,vy) = [(h, one_label(y, info, self.label)) for h,y in seen]
+    known,vknown = y>=0,vy>=0
+    if not known.any() or not vknown.any(): return
+    pred = knn_predict(h[known], y[known], vh[vknown], self.k, self.temp)
+    self.value = (pred==vy[vknown]).float().mean().item()
+
+# %% ../../nbs/core/08_learner.ipynb #cb36ec34
 def diagnose(
     std:float, # `feature_std` of the features
     rank:float, # `rankme` of the features
     dim:int, # Length of the features
-    z_std:float=None, # `feature_std` of the method's answers, where it has some
+    z_std:float=None, # `feature_std` of the method's embeddings, where it has some
     std_min:float=0.03, rank_min:float=1.9, z_min:float=0.1 # Below these something is wrong
 ): # Name of what is wrong, or None
     "Name the kind of collapse that the numbers show"
@@ -137,27 +141,35 @@ def diagnose(
     if z_std is not None and not z_std > z_min: return 'embedding'
     if dim > 8 and not rank > rank_min: return 'dimensional'
 
+# %% ../../nbs/core/08_learner.ipynb #c022d8a1
 _symptom = dict(
-    complete='complete collapse: all samples get the same features (std {std:.3f}, healthy is 0.2 to 1)',
-    embedding='collapsed answers: the head says nearly the same of all samples (std {z_std:.3f}, healthy is 0.3 to 1)',
+    complete='complete collapse: all samples get the same features '
+             '(std {std:.3f}, healthy is 0.2 to 1)',
+    embedding='collapsed embeddings: the head gives nearly the same vector for all samples '
+              '(std {z_std:.3f}, healthy is 0.3 to 1)',
     dimensional='dimensional collapse: the features use {rank:.1f} of {dim} directions')
 _causes = dict(
-    complete='a gradient through the targets, negatives or a variance term that are missing, a learning rate that killed the network',
-    embedding='a gradient through the targets, a missing predictor or variance term, a temperature that is far too low',
-    dimensional='the head (too narrow, or missing), a task with a shortcut that one number answers, weight decay, a temperature that is too high')
+    complete='a gradient through the targets, negatives or a variance term that are missing, '
+             'a learning rate that killed the network',
+    embedding='a gradient through the targets, a missing predictor or variance term, '
+              'a temperature that is far too low',
+    dimensional='the head (too narrow, or missing), a task with a shortcut that one number solves, '
+                'weight decay, a temperature that is too high')
 
+# %% ../../nbs/core/08_learner.ipynb #1aea30a3
 def explain(
     kind:str, # From `diagnose`
     guards:dict, # `method.guards()`
     **numbers # std, rank, dim, z_std
 )->str:
     "The diagnosis in words: what is seen, and what is missing"
-    missing = [k for k,ok in guards.items() if not ok]
-    there = f'in place: {", ".join(k for k,ok in guards.items() if ok) or "nothing"}'
-    why = f'What should keep samples apart and is not in place: {", ".join(missing)} ({there}).' if missing else f'Look for {_causes[kind]}.'
+    missing,there = [[k for k,ok in guards.items() if bool(ok)==o] for o in (False, True)]
+    beside = f' (in place: {", ".join(there)})' if there else ''
+    why = f'Missing: {", ".join(missing)}{beside}.' if missing else f'Look for {_causes[kind]}.'
+    if missing==['anything']: why = 'Nothing in this method keeps samples apart.'
     return f'{_symptom[kind].format(**numbers)}. {why}'
 
-# %% ../../nbs/core/08_learner.ipynb #38a934eb
+# %% ../../nbs/core/08_learner.ipynb #7d51f489
 class CollapseMonitor(Callback):
     "After each epoch: spread and rank of held-out features, and a warning in words when they die"
     order,std,rank,z_std,diagnosis,cause = 44,None,None,None,None,None
@@ -167,55 +179,65 @@ class CollapseMonitor(Callback):
         every:int=1 # Epochs between two looks
     ): self.n,self.every = n,every
 
-    def before_fit(self):
-        self.diagnosis,self.cause = None,None
-        asked = () if type(self.method).embedding is Method.embedding else ('z_std',)
-        new = [ValueMetric(partial(getattr, self, k), k) for k in ('std','rank',*asked)]
-        if 'std' not in self.learn.metrics.attrgot('name'): self.learn.metrics = self.learn.metrics + new
-
     def before_validate(self): self.std = self.rank = self.z_std = None
     def after_pred(self):
         if self.training or self.z_std is not None: return
         z = self.method.embedding(self.pred)
         if z is not None and len(z)>1: self.z_std = feature_std(z.detach().float()).item()
 
-    def after_validate(self):
-        if self.epoch % self.every and self.epoch != self.n_epoch-1: return
-        h,_ = encode(self.method.encoder, self.dls.valid, self.n)
-        if len(h)<self.least: return
-        self.std,self.rank = feature_std(h).item(),rankme(h).item()
-        numbers = dict(std=self.std, rank=self.rank, dim=h.shape[1], z_std=self.z_std)
-        early = self.epoch < min(5, self.n_epoch//4) # answers start close together, and move apart
-        found,guards = diagnose(**numbers | (dict(z_std=None) if early else {})),self.method.guards()
-        if found and found != self.diagnosis: warnings.warn(explain(found, guards, **numbers))
-        self.diagnosis,self.cause = found,[k for k,ok in guards.items() if not ok] if found else None
-
     @property
     def method(self): return self.learn.pretext.method
 
-# %% ../../nbs/core/08_learner.ipynb #74b2f37e
+# %% ../../nbs/core/08_learner.ipynb #51d1baf7
+@patch
+def before_fit(self:CollapseMonitor):
+    self.diagnosis,self.cause = None,None
+    asked = () if type(self.method).embedding is Method.embedding else ('z_std',)
+    new = [ValueMetric(partial(getattr, self, k), k) for k in ('std','rank',*asked)]
+    if 'std' in self.learn.metrics.attrgot('name'): return
+    self.learn.metrics = self.learn.metrics + new
+
+@patch
+def after_validate(self:CollapseMonitor):
+    if self.epoch % self.every and self.epoch != self.n_epoch-1: return
+    h,_ = encode(self.method.encoder, self.dls.valid, self.n)
+    if len(h)<self.least: return
+    self.std,self.rank = feature_std(h).item(),rankme(h).item()
+    numbers = dict(std=self.std, rank=self.rank, dim=h.shape[1], z_std=self.z_std)
+    early = self.epoch < min(5, self.n_epoch//4) # embeddings start close together, and move apart
+    found = diagnose(**numbers | (dict(z_std=None) if early else {}))
+    guards = self.method.guards()
+    if found and found != self.diagnosis: warnings.warn(explain(found, guards, **numbers))
+    self.diagnosis = found
+    self.cause = [k for k,ok in guards.items() if not ok] if found else None
+
+# %% ../../nbs/core/08_learner.ipynb #0b3f5867
 class Throughput(Callback):
-    "Clean samples a second of training time"
+    "Clean samples per second of training time"
     order,value = 43,None
     def before_fit(self):
-        if 'samples/s' not in self.learn.metrics.attrgot('name'): self.learn.metrics = self.learn.metrics + [ValueMetric(lambda: self.value, 'samples/s')]
+        if 'samples/s' in self.learn.metrics.attrgot('name'): return
+        self.learn.metrics = self.learn.metrics + [ValueMetric(lambda: self.value, 'samples/s')]
     def before_train(self): self.n,self.start = 0,time.perf_counter()
     def after_batch(self):
         if self.training: self.n += self.learn.pretext.n
     def after_train(self): self.value = round(self.n/(time.perf_counter()-self.start))
 
-# %% ../../nbs/core/08_learner.ipynb #01dc5834
+# %% ../../nbs/core/08_learner.ipynb #053b037d
 class NanGuard(Callback):
-    "Stop with a clear message when the loss is not finite; a checkpoint that is already written stays good"
+    "Stop with a message when the loss is not finite; a checkpoint already written stays good"
     order,run_valid = 51,False
     def after_batch(self):
         if math.isfinite(self.smooth_loss): return
         ckpt = getattr(self.learn, 'checkpoint', None)
-        kept = f' The last good checkpoint is {ckpt.path}.' if ckpt is not None and ckpt.path.exists() else ''
-        raise FloatingPointError(f'the loss is {float(self.loss)} in epoch {self.epoch}, batch {self.iter}, at learning rate '
-                                 f'{self.opt.hypers[-1]["lr"]:.2g}; try a tenth of it, GradientClip, or a larger batch.{kept}')
+        saved = ckpt is not None and ckpt.path.exists()
+        kept = f' The last good checkpoint is {ckpt.path}.' if saved else ''
+        lr = self.opt.hypers[-1]['lr']
+        raise FloatingPointError(f'the loss is {float(self.loss)} in epoch {self.epoch}, '
+                                 f'batch {self.iter}, at learning rate {lr:.2g}; '
+                                 f'try a tenth of it, GradientClip, or a larger batch.{kept}')
 
-# %% ../../nbs/core/08_learner.ipynb #625b6ac6
+# %% ../../nbs/core/08_learner.ipynb #d494c0e3
 class HistoryLog(Callback):
     "Every epoch's row of the training table, in `learn.history` and in a CSV file"
     order = 52
@@ -225,7 +247,8 @@ class HistoryLog(Callback):
         values = list(self.recorder.values[-1])
         if not values: return # an epoch that was skipped because it is done already
         row = dict(zip(self.recorder.metric_names[1:], values))
-        self.learn.history.append(dict(epoch=self.epoch, **{k: v if v is None else float(v) for k,v in row.items()}))
+        row = {k: v if v is None else float(v) for k,v in row.items()}
+        self.learn.history.append(dict(epoch=self.epoch, **row))
         if not self.path: return
         with whole_file(self.path) as f: pd.DataFrame(self.learn.history).to_csv(f, index=False)
 
@@ -269,28 +292,31 @@ class Checkpoint(Callback):
         last = self.epoch==self.n_epoch-1
         if last or time.monotonic()-self.last >= self.seconds: self.save()
 
-# %% ../../nbs/core/08_learner.ipynb #919668cf
+# %% ../../nbs/core/08_learner.ipynb #c7708757
 @patch
 def save(self:Checkpoint):
     model = self.learn.pretext.method.state_dict()
     if not all(t.isfinite().all() for t in model.values() if t.is_floating_point()):
-        raise FloatingPointError(f'weights are no longer finite after epoch {self.epoch}; {self.path} was not overwritten')
-    save_atomic(dict(model=model, opt=plain(self.opt.state_dict()), done=self.learn.epoch_seed.done, seed=self.learn.epoch_seed.seed,
-                     epoch=self.epoch+1, n_epoch=self.n_epoch, history=self.learn.history), self.path)
+        raise FloatingPointError(f'weights are no longer finite after epoch {self.epoch}; '
+                                 f'{self.path} was not overwritten')
+    seeds,opt = self.learn.epoch_seed,plain(self.opt.state_dict())
+    save_atomic(dict(model=model, opt=opt, done=seeds.done, seed=seeds.seed, epoch=self.epoch+1,
+                     n_epoch=self.n_epoch, history=self.learn.history), self.path)
     self.last = time.monotonic()
 
 @patch
 def load(self:Checkpoint):
     state = torch.load(self.path, map_location='cpu', weights_only=True)
-    if state['n_epoch'] != self.n_epoch: raise ValueError(
-        f'{self.path} belongs to a run of {state["n_epoch"]} epochs, not {self.n_epoch}; the schedule would differ')
+    if state['n_epoch'] != self.n_epoch:
+        raise ValueError(f'{self.path} belongs to a run of {state["n_epoch"]} epochs, '
+                         f'not {self.n_epoch}; the schedule would differ')
     self.learn.pretext.method.load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
     self.learn.epoch_seed.done,self.learn.epoch_seed.seed = state['done'],state['seed']
     self.start,self.learn.history = state['epoch'],state['history']
     self.learn.logger = noop # no empty rows for the epochs that are done
 
-# %% ../../nbs/core/08_learner.ipynb #4b87bf3e
+# %% ../../nbs/core/08_learner.ipynb #a24ee5e8
 def decay_groups(
     model:nn.Module
 )->list: # [weights, biases and normalisation parameters]
@@ -302,12 +328,12 @@ def decay_groups(
 def precision_cbs(
     device # Where the training runs
 )->list: # Callbacks
-    "bf16 on GPUs that have units for it (compute capability 8 and later); full precision everywhere else"
+    "bf16 on GPUs that have units for it (compute capability 8 and later); else full precision"
     device = torch.device(device)
     fast = device.type=='cuda' and torch.cuda.get_device_capability(device)[0] >= 8
     return [MixedPrecision('bf16')] if fast else []
 
-# %% ../../nbs/core/08_learner.ipynb #23725dfd
+# %% ../../nbs/core/08_learner.ipynb #142d192c
 def ssl_learner(
     dls, # DataLoaders with batches (*x, y)
     method, # A `Method`
@@ -322,10 +348,13 @@ def ssl_learner(
     "A fastai `Learner` that trains a self-supervised method with AdamW and watches its features"
     recipe,glue = method.recipe,Pretext(method)
     device = getattr(dls, 'device', None) or getattr(dls.train, 'device', None) or 'cpu'
-    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=torch.device(device).type=='cuda'))
+    adamw = partial(torch.optim.AdamW, fused=torch.device(device).type=='cuda')
+    opt = partial(OptimWrapper, opt=adamw)
     wd = recipe['wd'] if wd is None else wd
     watch = [CollapseMonitor(every=every), OnlineKNN(every=every)] if every else []
     wds = [wd if g[0].ndim>1 else 0. for g in decay_groups(method)]
     if 'moms' in recipe: kwargs = dict(moms=recipe['moms']) | kwargs
-    return Learner(dls, method, loss_func=glue.loss_func, opt_func=opt, splitter=decay_groups, lr=lr or recipe['lr'], wd=wds,
-                   cbs=[glue, EpochSeed(seed), Throughput(), NanGuard(), HistoryLog(path), *watch, *precision_cbs(device), *(cbs or [])], **kwargs)
+    own = [glue, EpochSeed(seed), Throughput(), NanGuard(), HistoryLog(path)]
+    return Learner(dls, method, loss_func=glue.loss_func, opt_func=opt, splitter=decay_groups,
+                   lr=lr or recipe['lr'], wd=wds,
+                   cbs=[*own, *watch, *precision_cbs(device), *(cbs or [])], **kwargs)

@@ -33,7 +33,7 @@ def cut(
     stratify = y if counts.min()>1 and n>=len(counts) and len(idx)-n>=len(counts) else None
     return train_test_split(idx, test_size=n, random_state=seed, stratify=stratify)
 
-# %% ../../nbs/core/02_loader.ipynb #8992b859
+# %% ../../nbs/core/02_loader.ipynb #05c09c94
 class ResidentDL(DataLoader):
     "Batches cut out of tensors that stay on the device: shuffled by index, no workers, no copies"
     def __init__(self,
@@ -52,7 +52,8 @@ class ResidentDL(DataLoader):
             raise ValueError(f'x and y differ in length: {[len(o) for o in (*x,y)]}')
         self.xs,self.y,self.seed,self.epoch = tuple(torch.as_tensor(o) for o in x),y,seed,0
         bs = min(bs, n)
-        super().__init__(list(range(n)), bs=bs, shuffle=shuffle, drop_last=drop_last, device=device or 'cpu')
+        super().__init__(list(range(n)), bs=bs, shuffle=shuffle, drop_last=drop_last,
+                         device=device or 'cpu')
         self.to(self.device)
 
 # %% ../../nbs/core/02_loader.ipynb #c8ae84ca
@@ -84,7 +85,7 @@ def __iter__(self:ResidentDL):
         xs = [to_unit(x.index_select(0, j)) for x in self.xs]
         yield self.after_batch((*xs, self.y.index_select(0, j)))
 
-# %% ../../nbs/core/02_loader.ipynb #d172f371
+# %% ../../nbs/core/02_loader.ipynb #eb3deddc
 @patch
 def to(self:ResidentDL, device):
     self.device = device
@@ -94,6 +95,7 @@ def to(self:ResidentDL, device):
 def new(self:ResidentDL, dataset=None, cls=None, **kwargs):
     return _copy_extras(self, self._but(self.xs, self.y, **kwargs))
 
+# %% ../../nbs/core/02_loader.ipynb #d1a85c22
 @patch
 def take(self:ResidentDL,
     idx # Indices of samples, or a mask (N,)
@@ -110,6 +112,7 @@ def _but(self:ResidentDL, xs, y, **kwargs):
     same = {k: getattr(self, k) for k in ('bs','shuffle','drop_last','device','seed')}
     return ResidentDL(*xs, y=y.cpu(), **same | kwargs)
 
+# %% ../../nbs/core/02_loader.ipynb #c45f3d29
 @patch
 def one_batch(self:ResidentDL):
     epoch = self.epoch
@@ -122,7 +125,7 @@ def _copy_extras(old, new):
         if k in vars(old): setattr(new, k, getattr(old, k))
     return new
 
-# %% ../../nbs/core/02_loader.ipynb #e38b8adb
+# %% ../../nbs/core/02_loader.ipynb #8afd8ec0
 @dataclass
 class DataInfo:
     "What encoders, views and reports need to know about a data set"
@@ -142,17 +145,20 @@ class DataInfo:
         if not isinstance(self.classes, dict): # one label without a name
             self.classes = {'class': list(self.classes)} if len(self.classes) else {}
 
-    def names(self,
-        label:str=None # Name of a label; the first by default
-    )->list: # Names of its classes; empty where nothing is known
-        "The classes of one label"
-        return self.classes[list(self.classes)[self.column(label)]] if self.classes else []
+# %% ../../nbs/core/02_loader.ipynb #a217abd3
+@patch
+def names(self:DataInfo,
+    label:str=None # Name of a label; the first by default
+)->list: # Names of its classes; empty where nothing is known
+    "The classes of one label"
+    return self.classes[list(self.classes)[self.column(label)]] if self.classes else []
 
-    def column(self, label=None):
-        "The place of a label in `y`"
-        if label is None: return 0
-        if label not in self.classes: raise ValueError(did_you_mean(label, self.classes, 'label'))
-        return list(self.classes).index(label)
+@patch
+def column(self:DataInfo, label=None):
+    "The place of a label in `y`"
+    if label is None: return 0
+    if label not in self.classes: raise ValueError(did_you_mean(label, self.classes, 'label'))
+    return list(self.classes).index(label)
 
 # %% ../../nbs/core/02_loader.ipynb #dc17ddba
 def one_label(
@@ -164,12 +170,12 @@ def one_label(
     k = info.column(label)
     return y if y.ndim==1 else y[:,k]
 
-# %% ../../nbs/core/02_loader.ipynb #1f04ace9
+# %% ../../nbs/core/02_loader.ipynb #047d3e12
 class Kind:
     "What the library must know of one kind of data"
     default_encoder = None # name of an encoder, where none is given
-    builtin = {}           # name -> function that makes DataLoaders; the first is used where no data is named
-    augment = True         # do its random views keep the class, so that supervised training may use them?
+    builtin = {}           # name -> function that makes DataLoaders; the first is the default data
+    augment = True         # do its random views keep the class? Then supervised training uses them
     Info = DataInfo        # what `dls.info` is; a kind may add facts of its own in a subclass
 
     @classmethod
@@ -190,7 +196,7 @@ class Kind:
         "The share of what lies there that looks like this kind"
         return 0.
 
-# %% ../../nbs/core/02_loader.ipynb #e0c6d500
+# %% ../../nbs/core/02_loader.ipynb #e6a12962
 @patch(cls_method=True)
 def files(cls:Kind,
     path, # File or folder
@@ -208,6 +214,7 @@ def keep(cls:Kind,
 ):
     "Save what was learned from the data and is needed to read it again, such as a tokenizer"
 
+# %% ../../nbs/core/02_loader.ipynb #0ee06a8e
 @patch(cls_method=True)
 def encoder(cls:Kind,
     name, # Such as 'small_cnn'; None takes `default_encoder`
@@ -217,11 +224,11 @@ def encoder(cls:Kind,
     "An encoder that fits the data"
     raise NotImplementedError(f'{cls.__name__} has no encoder {name!r}')
 
-# %% ../../nbs/core/02_loader.ipynb #5d5d984f
+# %% ../../nbs/core/02_loader.ipynb #655fcba8
 @patch(cls_method=True)
 def views(cls:Kind,
     info, # `dls.info`
-    small:bool=False # A view of a small part, as DINO's small crops?
+    small:bool=False # A view of a small part, as DINO's local crops?
 ): # Function from a batch to one random view of it
     "Random views that leave the meaning of a sample as it is"
     raise NotImplementedError(f'{cls.__name__} has no random views')
@@ -242,13 +249,14 @@ def show(cls:Kind,
     "Samples as one can look at them"
     return x
 
-# %% ../../nbs/core/02_loader.ipynb #e79a98af
+# %% ../../nbs/core/02_loader.ipynb #83f869e7
 def find_kinds(
     package:str='ssl_nb' # Package to walk
 )->dict: # Name of the notebook ('images') -> class
     "All kinds of data of the package"
     folder = importlib.import_module(f'{package}.data')
-    found = {m.name: _kind_of(f'{package}.data.{m.name}') for m in pkgutil.iter_modules(folder.__path__)}
+    names = [m.name for m in pkgutil.iter_modules(folder.__path__)]
+    found = {name: _kind_of(f'{package}.data.{name}') for name in names}
     return {name: kind for name,kind in found.items() if kind}
 
 def _kind_of(module):
@@ -257,6 +265,7 @@ def _kind_of(module):
     return next((c for c in vars(mod).values() if isinstance(c, type) and issubclass(c, Kind)
                  and c.__module__==mod.__name__), None)
 
+# %% ../../nbs/core/02_loader.ipynb #ee6fed93
 def get_kind(
     name:str, # Name of its notebook, such as 'images'
     package:str='ssl_nb' # Package to walk
@@ -289,19 +298,20 @@ def finish_dls(loaders, info, device=None):
     dls.info,dls.test = info,(loaders[2] if len(loaders)>2 else None)
     return dls
 
-# %% ../../nbs/core/02_loader.ipynb #a90a64a8
+# %% ../../nbs/core/02_loader.ipynb #76cd6277
 def _as_images(x):
     x = torch.as_tensor(np.asarray(x))
     if x.ndim==3: x = x[:,None]
     if x.ndim!=4: raise ValueError(f'images must be (N,H,W) or (N,C,H,W), got {tuple(x.shape)}')
     if not x.is_floating_point(): return x
-    if x.min()<0 or x.max()>1: raise ValueError(f'float images must lie in [0,1], got {x.min():.3g} to '
-                                                f'{x.max():.3g}; divide by the largest possible value')
+    if x.min()<0 or x.max()>1:
+        raise ValueError(f'float images must lie in [0,1], got {x.min():.3g} to {x.max():.3g}; '
+                         'divide by the largest possible value')
     return (x*255).round().to(torch.uint8)
 
 def channel_stats(
     x # Images (N,C,H,W), bytes or floats
-): # (mean, std), a list each with one number a channel
+): # (mean, std), two lists with one number per channel
     "Mean and standard deviation of each channel in [0,1], over at most 2,000 images"
     x = to_unit(x[::max(1, len(x)//2000)])
     return x.mean((0,2,3)).tolist(),x.std((0,2,3)).clamp(min=1e-3).tolist()
@@ -326,9 +336,9 @@ def array_dls(
     if test_x is not None: parts.append(((_as_images(test_x),), test_y))
     return make_dls(parts, info, **kwargs)
 
-# %% ../../nbs/core/02_loader.ipynb #d961e86d
+# %% ../../nbs/core/02_loader.ipynb #0187d734
 def digits_dls(**kwargs):
-    "scikit-learn's 1,797 digits (8x8, grey): train, valid and a fixed test quarter; arguments as for `array_dls`"
+    "scikit-learn's 1,797 digits (8x8, grey) with a fixed test quarter; `kwargs` for `array_dls`"
     d = load_digits()
     x = (d.images/16*255).round().astype(np.uint8)
     rest,test = cut(np.arange(len(x)), d.target, 0.25, seed=0)

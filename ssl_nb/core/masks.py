@@ -10,7 +10,7 @@ __all__ = ['ids_to_mask', 'mask_to_ids', 'gather_tokens', 'scatter_tokens', 'ran
 import math
 import torch
 
-# %% ../../nbs/core/04_masks.ipynb #7d13b681
+# %% ../../nbs/core/04_masks.ipynb #0bd8f16e
 def ids_to_mask(
     ids, # (B,K) long, positions
     n,   # number of positions N
@@ -25,11 +25,12 @@ def mask_to_ids(
     "(B,K) sorted positions where `mask`; where a row has more than K, a random K of them"
     fewest = mask.sum(1).min()                                # the device is read back here, once
     if k is None: k = int(fewest)
-    if k>fewest: raise ValueError(f'asked for {k} positions, but one row of the mask has {int(fewest)}')
+    if k>fewest:
+        raise ValueError(f'asked for {k} positions, but one row of the mask has {int(fewest)}')
     noise = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2.)
     return noise.argsort(1)[:,:k].sort(1).values
 
-# %% ../../nbs/core/04_masks.ipynb #5b7a3758
+# %% ../../nbs/core/04_masks.ipynb #ffaf32f8
 def gather_tokens(
     x,   # (B,N,D) tokens
     ids, # (B,K) long, positions to take
@@ -41,14 +42,14 @@ def scatter_tokens(
     x,      # (B,K,D) tokens
     ids,    # (B,K) long, where they belong
     n,      # number of positions N
-    fill=0, # what to put at the others: a number, or a tensor that broadcasts to (B,N,D), such as a mask token (D,)
+    fill=0, # for the others: a number, or a tensor that broadcasts to (B,N,D), as a mask token (D,)
 ):
     "(B,N,D) with `x` at `ids` and `fill` elsewhere"
     B,_,D = x.shape
     if not torch.is_tensor(fill): fill = x.new_full((), fill)
     return fill.to(x.dtype).expand(B,n,D).scatter(1, ids[:,:,None].expand(-1,-1,D), x)
 
-# %% ../../nbs/core/04_masks.ipynb #63dfc023
+# %% ../../nbs/core/04_masks.ipynb #e3172873
 def random_keep(
     b,              # samples B
     n,              # positions N
@@ -56,7 +57,7 @@ def random_keep(
     device=None,
     generator=None, # of the same device; None for torch's own
 ):
-    "keep (B,K) and hidden (B,N-K), both sorted; K = N(1-ratio) rounded (MAE, section 3, 'simple implementation')"
+    "keep (B,K) and hidden (B,N-K), both sorted; K = N(1-ratio), rounded (MAE, section 3)"
     k = max(1, round(n*(1-ratio)))
     order = torch.rand(b, n, device=device, generator=generator).argsort(1)
     return order[:,:k].sort(1).values, order[:,k:].sort(1).values
@@ -73,7 +74,7 @@ def block_size(
     a = aspect[0]+a*(aspect[1]-aspect[0])
     return [min(max(1,round(math.sqrt(z))),g) for z,g in zip((area*a, area/a), grid)]
 
-# %% ../../nbs/core/04_masks.ipynb #9874a466
+# %% ../../nbs/core/04_masks.ipynb #cab646b2
 def block_ids(
     b,                # samples B
     grid,             # (rows, columns) of positions, N = rows*columns
@@ -81,9 +82,9 @@ def block_ids(
     aspect=(.75,1.5), # height/width
     blocks=1,         # blocks in each sample
     device=None,
-    generator=None,   # for the places, of the same device; the size is drawn by torch's own on the CPU
+    generator=None,   # for the places, of the same device; the size is drawn on the CPU without it
 ):
-    "(B,blocks,K) positions of blocks of one size, K = h*w, each at its own random place; they may overlap"
+    "(B,blocks,K) positions of blocks of one size, K = h*w, at random places; they may overlap"
     h,w = block_size(grid, scale, aspect)
     u = torch.rand(2, b, blocks, 1, 1, device=device, generator=generator)
     top, left = (u[0]*(grid[0]-h+1)).long(), (u[1]*(grid[1]-w+1)).long()
@@ -91,13 +92,14 @@ def block_ids(
     return ((top+rows)*grid[1] + left+cols).flatten(2)
 
 def block_mask(
-    b, grid, scale=(.15,.2), aspect=(.75,1.5), blocks=1, device=None, generator=None, # as for `block_ids`
+    b, grid, scale=(.15,.2), aspect=(.75,1.5), blocks=1, # as for `block_ids`
+    device=None, generator=None,
 ):
     "(B,N) bool, True inside any of the sample's blocks"
     ids = block_ids(b, grid, scale, aspect, blocks, device, generator)
     return ids_to_mask(ids.flatten(1), grid[0]*grid[1])
 
-# %% ../../nbs/core/04_masks.ipynb #9ded869c
+# %% ../../nbs/core/04_masks.ipynb #6d8fa736
 def spread(
     starts, # (B,N) bool
     length, # M, positions in each span, at least 1
@@ -110,27 +112,27 @@ def spread(
 def span_mask(
     b,              # samples B
     n,              # positions N
-    prob=0.065,     # p, share of positions that start a span (wav2vec 2, section 4.2); at least one does
+    prob=0.065,     # p, share of positions that start a span, at least one (wav2vec 2, section 4.2)
     length=10,      # M, positions in each span
     device=None,
     generator=None, # of the same device; None for torch's own
 ):
-    "(B,N) bool, True inside spans, which may overlap and end with the row; each row has the same number of starts"
+    "(B,N) bool, True inside spans, which may overlap; each row has the same number of starts"
     k = max(1, round(prob*n))
     starts = torch.rand(b, n, device=device, generator=generator).argsort(1)[:,:k]
     return spread(ids_to_mask(starts,n), length)
 
-# %% ../../nbs/core/04_masks.ipynb #0c4d72c0
+# %% ../../nbs/core/04_masks.ipynb #a376abf6
 def token_mask(
     tokens,         # (B,L) long, 0 = padding
     ratio=0.15,     # share of the candidates to choose (BERT, section 3.1)
     special_ids=(), # token ids that are never chosen; 0 never is
     generator=None, # of the same device; None for torch's own
 ):
-    "(B,L) bool, the chosen tokens: `ratio` of each row's candidates, rounded, at least one if there is any"
+    "(B,L) bool, the chosen tokens: `ratio` of each row's candidates, at least one if there is any"
     can = tokens != 0
     for s in special_ids: can &= tokens != s
     k = (can.sum(1, keepdim=True)*ratio).round().clamp(min=1)
-    noise = torch.rand(tokens.shape, device=tokens.device, generator=generator).masked_fill(~can, 2.)
-    rank = noise.argsort(1).argsort(1)
+    noise = torch.rand(tokens.shape, device=tokens.device, generator=generator)
+    rank = noise.masked_fill(~can, 2.).argsort(1).argsort(1)
     return (rank < k) & can

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from fastai.callback.core import event
 
-# %% ../../nbs/core/01_method.ipynb #e89755bf
+# %% ../../nbs/core/01_method.ipynb #9e7fe63c
 class Method(nn.Module):
     "A self-supervised method: it turns an unlabelled batch into a supervised problem"
-    modality = 'images'    # the kind of data that it asks about, a notebook of `nbs/data`; None: any
-    default_encoder = None # used where none is named; by default that of the kind of data
-    default_data = None    # data that comes with the library, used where none is named
+    modality = 'images'    # kind of data that it asks about, a notebook of `nbs/data`; None: any
+    default_encoder = None # used where none is named; None: the usual one of the kind of data
+    default_data = None    # used where none is named; None: the first of the kind of data
     min_batch = 1          # the smallest batch for which the loss has a meaning
     uses_labels = False    # hand the labels to `pretext` as well? Only supervised references do
     recipe = dict(epochs=50, batch_size=256, lr=2e-3, wd=0.05) # for data that come with the library
     def __init__(self,
-        encoder, # Turns a clean batch into features (B, num_features); the only part that outlives pre-training
+        encoder, # Clean batch -> features (B, num_features); all that is kept after pre-training
     ):
         super().__init__()
         self.encoder = encoder
@@ -38,28 +38,32 @@ class Method(nn.Module):
 # %% ../../nbs/core/01_method.ipynb #eccfc28c
 from fastcore.basics import patch
 
-# %% ../../nbs/core/01_method.ipynb #b8a71ab4
+# %% ../../nbs/core/01_method.ipynb #dd054e73
 @patch
 def pretext(self:Method,
     *x # The clean batch: images (B,C,H,W) in [0,1], tokens (B,L), ...
 ): # (inputs, targets), two tuples of tensors
     "What is asked? Make inputs and targets out of the clean batch; runs without gradient"
-    raise NotImplementedError(f'{type(self).__name__} needs a pretext(self, *x) that returns (inputs, targets)')
+    raise NotImplementedError(f'{type(self).__name__} needs a pretext(self, *x) '
+                              'that returns (inputs, targets)')
 
 @patch
 def forward(self:Method,
     *inputs # What `pretext` returned first
 ): # The prediction
     "Who answers? Encoder, then head"
-    raise NotImplementedError(f'{type(self).__name__} needs a forward(self, *inputs) that returns a prediction')
+    raise NotImplementedError(f'{type(self).__name__} needs a forward(self, *inputs) '
+                              'that returns a prediction')
 
+# %% ../../nbs/core/01_method.ipynb #0d271f21
 @patch
 def loss(self:Method,
     pred, # What `forward` returned
     *targets # What `pretext` returned second
 ): # Scalar tensor
     "How well? One equation"
-    raise NotImplementedError(f'{type(self).__name__} needs a loss(self, pred, *targets) that returns a scalar')
+    raise NotImplementedError(f'{type(self).__name__} needs a loss(self, pred, *targets) '
+                              'that returns a scalar')
 
 @patch
 def update(self:Method,
@@ -67,34 +71,35 @@ def update(self:Method,
 ):
     "What moves by itself? Called after every step of the optimizer"
 
-# %% ../../nbs/core/01_method.ipynb #87c983fe
+# %% ../../nbs/core/01_method.ipynb #4ccb3094
 @patch
 def metrics(self:Method,
     pred, # What `forward` returned
     *targets # What `pretext` returned second
 )->dict: # Name -> number
-    "Numbers to show beside the loss, for instance how often the pretext question was answered right"
+    "Numbers to show beside the loss, such as the accuracy on the pretext task"
     return {}
 
 @patch
 def embedding(self:Method,
     pred # What `forward` returned
-): # (N,D), or None where the prediction is no vector a sample
-    "The prediction as one vector a sample: if all of them are alike, the question has become pointless"
+): # (N,D), or None where the prediction is not one vector per sample
+    "The prediction as one vector per sample: if all are alike, the task has become pointless"
     return None
 
 @patch
 def guards(self:Method)->dict: # Name -> is it in place?
-    "What keeps the answers to different samples apart; a collapse is explained by what is not in place"
+    "What keeps the embeddings of different samples apart; what is missing explains a collapse"
     return {}
 
+# %% ../../nbs/core/01_method.ipynb #d497347b
 @patch
 def show(self:Method,
     x, # The clean batch, a tuple
     inputs, # What `pretext` returned first
     targets # What `pretext` returned second
 )->dict: # Row title -> images (B,C,H,W), or a list of strings
-    "One round of the pretext game as rows of pictures or text"
+    "One round of the pretext task as rows of images or text"
     return {'clean': x[0], 'input': inputs[0]}
 
 # %% ../../nbs/core/01_method.ipynb #397cbdcc
@@ -108,16 +113,17 @@ def _check_pretext(method, x):
         if torch.is_tensor(t) and t.requires_grad: _fail(method, 'a target carries a gradient')
     return out
 
-# %% ../../nbs/core/01_method.ipynb #f9303ccc
+# %% ../../nbs/core/01_method.ipynb #802c5f3c
 def _check_gradients(method, inputs, targets):
     loss = method.loss(method(*inputs), *targets)
     if loss.ndim != 0: _fail(method, f'loss must be a scalar, got shape {tuple(loss.shape)}')
     if not torch.isfinite(loss): _fail(method, f'loss is {loss.item()}')
     loss.backward()
     dead = [n for n,p in method.named_parameters() if p.requires_grad and p.grad is None]
-    if dead: _fail(method, f'no gradient reaches {", ".join(dead[:5])}; freeze (requires_grad_(False)) or use it')
+    if dead: _fail(method, f'no gradient reaches {", ".join(dead[:5])}; '
+                           'freeze (requires_grad_(False)) or use it')
 
-# %% ../../nbs/core/01_method.ipynb #7a74b4f3
+# %% ../../nbs/core/01_method.ipynb #f22cb535
 def _spoil(method):
     with torch.no_grad():
         for t in [*method.parameters(), *method.buffers()]:
@@ -131,15 +137,17 @@ def _holds_tensor(v):
 def _check_state(method, inputs, targets):
     for name,m in method.named_modules():
         loose = [k for k,v in vars(m).items() if k != '_buffers' and _holds_tensor(v)]
-        if loose: _fail(method, f'{name or "the method"} keeps the tensor {loose[0]} outside its state; use register_buffer')
+        if loose: _fail(method, f'{name or "the method"} keeps the tensor {loose[0]} '
+                                'outside its state; use register_buffer')
     method.eval()
     other = copy.deepcopy(method)
     _spoil(other)
     other.load_state_dict(method.state_dict())
     a,b = [m.loss(m(*inputs), *targets) for m in (method, other)]
-    if not torch.allclose(a, b, rtol=1e-4, atol=1e-6): _fail(method, f'after a state_dict round trip the loss is {b:.5f}, was {a:.5f}')
+    if not torch.allclose(a, b, rtol=1e-4, atol=1e-6):
+        _fail(method, f'after a state_dict round trip the loss is {b:.5f}, was {a:.5f}')
 
-# %% ../../nbs/core/01_method.ipynb #f83c4280
+# %% ../../nbs/core/01_method.ipynb #ca8e2879
 def _check_learns(method, inputs, targets, lr):
     method.train()
     opt,losses = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=lr),[]
@@ -148,9 +156,11 @@ def _check_learns(method, inputs, targets, lr):
         loss.backward(); opt.step(); opt.zero_grad()
         method.update(i/10)
         losses.append(loss.item())
-    if not min(losses[-3:]) < losses[0]: _fail(method, f'ten steps on one batch did not lower the loss: {losses[0]:.4f} -> {losses[-1]:.4f}')
+    if not min(losses[-3:]) < losses[0]:
+        _fail(method, 'ten steps on one batch did not lower the loss: '
+                      f'{losses[0]:.4f} -> {losses[-1]:.4f}')
 
-# %% ../../nbs/core/01_method.ipynb #0a496424
+# %% ../../nbs/core/01_method.ipynb #17fbefac
 def check_method(
     method:Method, # The method to check; it is not changed
     batch, # A batch (*x, y)
@@ -161,10 +171,11 @@ def check_method(
     asked = batch if method.uses_labels else x
     events = [o for o in vars(event) if not o.startswith('_')]
     shadow = [o for o in events if hasattr(method, o)]
-    if shadow: _fail(method, f'the attribute {shadow[0]} has the name of a fastai event and would be called by every callback')
+    if shadow: _fail(method, f'the attribute {shadow[0]} has the name of a fastai event '
+                             'and would be called by every callback')
     h = method.encoder(x[0])
-    if h.shape != (len(x[0]), method.encoder.num_features):
-        _fail(method, f'encoder output is {tuple(h.shape)}, should be ({len(x[0])}, {method.encoder.num_features})')
+    should = len(x[0]),method.encoder.num_features
+    if h.shape != should: _fail(method, f'encoder output is {tuple(h.shape)}, should be {should}')
     inputs,targets = _check_pretext(method, asked)
     _check_gradients(method, inputs, targets)
     _check_state(method, inputs, targets)
@@ -174,32 +185,33 @@ def check_method(
 import importlib, pkgutil, re, warnings
 from .common import did_you_mean
 
-# %% ../../nbs/core/01_method.ipynb #2d7ac67f
+# %% ../../nbs/core/01_method.ipynb #93d1b7c0
 _not_methods = {'core','data','evaluate','transfer','app','tutorials','benchmarks'}
 
 def _method_files(package):
-    "Modules that may hold methods, by the names of their files; nothing is imported but the package"
+    "Modules that may hold methods, by the names of their files; only the package is imported"
     for folder in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if not folder.ispkg or folder.name in _not_methods: continue
         path = [f'{folder.module_finder.path}/{folder.name}']
         for m in pkgutil.iter_modules(path): yield f'{package}.{folder.name}.{m.name}'
 
 def _methods_of(mod):
-    "The methods that a module defines: under its own name if there is one, else those of the classes"
+    "The methods that a module defines: one goes by the module's name, several by their classes'"
     own = [c for c in vars(mod).values() if isinstance(c, type) and issubclass(c, Method)]
     own = [c for c in own if c.__module__==mod.__name__ and c.loss is not Method.loss]
     if len(own)==1: return {mod.__name__.split('.')[-1]: own[0]}
     return {re.sub(r'(?<=[a-z])(?=[A-Z])', '_', c.__name__).lower(): c for c in own}
 
-# %% ../../nbs/core/01_method.ipynb #830e81b1
+# %% ../../nbs/core/01_method.ipynb #f0db9626
 def find_methods(
     package:str='ssl_nb' # Package to walk
 )->dict: # Name ('simclr') -> class
-    "All methods of the package, by the name of their notebook, or of their class where it has several"
+    "All methods of the package by their names: the notebook's, or the class's where it has several"
     found = {}
     for name in _method_files(package):
         try: found |= _methods_of(importlib.import_module(name))
-        except Exception as e: warnings.warn(f'{name} could not be imported: {type(e).__name__}: {e}')
+        except Exception as e:
+            warnings.warn(f'{name} could not be imported: {type(e).__name__}: {e}')
     return found
 
 def get_method(

@@ -15,7 +15,7 @@ from torch import nn
 from fastcore.basics import patch
 from .loader import get_kind
 
-# %% ../../nbs/core/03_views.ipynb #f22e4303
+# %% ../../nbs/core/03_views.ipynb #70df7e07
 def resize_matrix(
     start,     # (B,) first pixel of the crop, whole numbers
     length,    # (B,) pixels in the crop, at least 1
@@ -30,7 +30,8 @@ def resize_matrix(
     if flip is not None: out = torch.where(flip.view(-1,1,1), n_out-out, out)
     step = length/n_out
     inside = ((pix > start) & (pix < start+length)).float()
-    w = (pix - (start + step*out)).abs_().div_(step.clamp(min=1)).neg_().add_(1).clamp_(min=0).mul_(inside)
+    away = (pix - (start + step*out)).abs_().div_(step.clamp(min=1))
+    w = away.neg_().add_(1).clamp_(min=0).mul_(inside)
     return w.div_(w.sum(-1, keepdim=True))
 
 # %% ../../nbs/core/03_views.ipynb #a12082ac
@@ -43,7 +44,7 @@ def separable(
     rows = (x.flatten(1,2) @ Mx.to(x.dtype).mT).unflatten(1, x.shape[1:3])
     return My.to(x.dtype)[:,None] @ rows
 
-# %% ../../nbs/core/03_views.ipynb #bcb9ee98
+# %% ../../nbs/core/03_views.ipynb #59e58a66
 def _pair(size): return (size,size) if isinstance(size,int) else tuple(size)
 
 def resized_crop(
@@ -57,7 +58,8 @@ def resized_crop(
 ):
     "(B,C,h,w) one crop of each sample, resized with antialiasing and mirrored where `flip`"
     h,w = _pair(size)
-    return separable(x, resize_matrix(top, height, x.shape[2], h), resize_matrix(left, width, x.shape[3], w, flip))
+    My = resize_matrix(top, height, x.shape[2], h)
+    return separable(x, My, resize_matrix(left, width, x.shape[3], w, flip))
 
 # %% ../../nbs/core/03_views.ipynb #47c7cfdb
 def uniform(lo, hi, *shape, device=None):
@@ -74,7 +76,7 @@ def central_box(
     bw, bh = min(w, round(h*ratio[1])), min(h, round(w/ratio[0]))
     return (h-bh)//2, (w-bw)//2, bh, bw
 
-# %% ../../nbs/core/03_views.ipynb #0bd39e66
+# %% ../../nbs/core/03_views.ipynb #d4280609
 def random_crop_box(
     n,               # number of boxes
     h,               # rows of the images
@@ -83,7 +85,7 @@ def random_crop_box(
     ratio=(3/4,4/3), # width/height
     device=None,
 ):
-    "(top, left, height, width), each (n,), drawn as torchvision's `RandomResizedCrop` does: 10 tries, then the centre"
+    "(top, left, height, width), each (n,), as torchvision's `RandomResizedCrop` draws them"
     area = h*w*uniform(*scale, n, 10, device=device)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), n, 10, device=device).exp()
     bw, bh = (area*aspect).sqrt().round(), (area/aspect).sqrt().round()
@@ -94,11 +96,11 @@ def random_crop_box(
     return [torch.where(found, tries.gather(1,first).squeeze(1), centre).long()
             for tries,centre in zip((top,left,bh,bw), central_box(h,w,ratio))]
 
-# %% ../../nbs/core/03_views.ipynb #e1360936
+# %% ../../nbs/core/03_views.ipynb #015d4efc
 def per_sample(
     f, # (B,) one number for each sample
     x, # (B,C,H,W) images
-): 
+):
     "(B,1,1,1) `f` in the dtype of `x`, ready to multiply it"
     return f.to(x.dtype).view(-1,1,1,1)
 
@@ -150,24 +152,25 @@ def grey(
     "(B,C,H,W) the samples of `mask` without colour; unchanged if C < 3"
     return torch.lerp(x, luma(x), per_sample(mask,x)) if x.shape[1]>2 else x
 
-# %% ../../nbs/core/03_views.ipynb #b1cd164d
+# %% ../../nbs/core/03_views.ipynb #e48f4ea8
 @on_rgb
 def adjust_hue(
     x, # (B,C,H,W) images in [0,1]
     f, # (B,) turns to add to the hue, -0.5 to 0.5, 0 for no change
 ):
-    "(B,C,H,W) with all hues turned by `f` of the circle, at the same saturation and value; unchanged if C < 3"
+    "(B,C,H,W) all hues turned by `f` of the circle, same saturation and value; as is if C < 3"
     if x.shape[1]<3: return x
     r,g,b = x.unbind(1)
     M = x.amax(1)
     C = M - x.amin(1)
-    hue = torch.lerp((2*C).add_(b).sub_(r), (4*C).add_(r).sub_(g), (M-g).sign_())     # green or blue is the largest
-    hue = torch.lerp(g-b, hue, (M-r).sign_())                                         # or red is
+    hue = torch.lerp((2*C).add_(b).sub_(r), (4*C).add_(r).sub_(g), (M-g).sign_()) # green or blue
+    hue = torch.lerp(g-b, hue, (M-r).sign_()) # is the largest, or red is
     hue = hue.div_(C.clamp(min=torch.finfo(x.dtype).tiny)).div_(6).add_(f.to(x.dtype).view(-1,1,1))
     out = torch.empty_like(x)
     for d,peak in zip(out.unbind(1), (0,1/3,2/3)):
         torch.sub(hue, peak, out=d)
-        d.sub_(d.round()).abs_().mul_(6).sub_(1).clamp_(0,1).mul_(C).neg_().add_(M)   # distance, then the curve
+        d.sub_(d.round()).abs_() # distance from the peak, then the curve
+        d.mul_(6).sub_(1).clamp_(0,1).mul_(C).neg_().add_(M)
     return out
 
 # %% ../../nbs/core/03_views.ipynb #226ef00b
@@ -180,7 +183,7 @@ def gaussian_window(
     w = (-.5*(d/sigma.float().clamp(min=1e-3)[:,None])**2).exp()
     return w/w.sum(1, keepdim=True)
 
-# %% ../../nbs/core/03_views.ipynb #ec1503c1
+# %% ../../nbs/core/03_views.ipynb #78cefd48
 def gaussian_blur(
     x,           # (B,C,H,W) images, any C
     sigma,       # (B,) standard deviation in pixels, 0 for no blur
@@ -190,29 +193,33 @@ def gaussian_blur(
     B,C,H,W = x.shape
     pad = kernel_size//2
     if kernel_size%2==0 or pad>=min(H,W):
-        raise ValueError(f'kernel_size must be odd and less than {2*min(H,W)} for {H} by {W} pixels, got {kernel_size}')
+        raise ValueError(f'kernel_size must be odd and less than {2*min(H,W)} '
+                         f'for {H} by {W} pixels, got {kernel_size}')
     w = gaussian_window(sigma, kernel_size).to(x.dtype).repeat_interleave(C, 0)
-    x = nn.functional.pad(x, (pad,)*4, mode='reflect').flatten(0,1)[None]                    # (1,B*C,H+2pad,W+2pad)
-    for kernel in (w[:,None,None], w[:,None,:,None]): x = nn.functional.conv2d(x, kernel, groups=B*C)
+    x = nn.functional.pad(x, (pad,)*4, mode='reflect').flatten(0,1)[None] # (1,B*C,H+2pad,W+2pad)
+    for kernel in (w[:,None,None], w[:,None,:,None]):
+        x = nn.functional.conv2d(x, kernel, groups=B*C)
     return x.unflatten(1, (B,C))[0]
 
-# %% ../../nbs/core/03_views.ipynb #800f3caf
+# %% ../../nbs/core/03_views.ipynb #0921f0b9
 @on_rgb
 def solarize(
     x,      # (B,C,H,W) images in [0,1]
     thresh, # (B,) pixels from here on are inverted; above 1 for no change
-): 
+):
     "(B,C,H,W) with `1-x` for the pixels that are `thresh` or more"
     return torch.where(x>=per_sample(thresh,x), 1-x, x)
 
-# %% ../../nbs/core/03_views.ipynb #79daf9e8
+# %% ../../nbs/core/03_views.ipynb #11ecda2c
 class Draw(nn.Module):
     "A random operator on a batch; prints its settings"
-    def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in vars(self).items() if not (k.startswith('_') or k=='training'))
+    def extra_repr(self):
+        own = {k: v for k,v in vars(self).items() if not (k.startswith('_') or k=='training')}
+        return ', '.join(f'{k}={v}' for k,v in own.items())
 
 class CropFlip(Draw):
     "Random resized crop and horizontal flip"
-    def __init__(self, 
+    def __init__(self,
         size,            # side of the view in pixels, or (h,w)
         scale=(0.2,1.),  # area of the crop as a fraction of the image
         ratio=(3/4,4/3), # width/height of the crop
@@ -223,12 +230,13 @@ class CropFlip(Draw):
     def forward(self, x):
         n,_,h,w = x.shape
         box = random_crop_box(n, h, w, self.scale, self.ratio, x.device)
-        return resized_crop(x, *box, self.size, torch.rand(n, device=x.device)<self.flip if self.flip else None)
+        mirror = torch.rand(n, device=x.device)<self.flip if self.flip else None
+        return resized_crop(x, *box, self.size, mirror)
 
-# %% ../../nbs/core/03_views.ipynb #1701aef9
+# %% ../../nbs/core/03_views.ipynb #8479bacf
 class Jitter(Draw):
-    "Brightness, contrast, saturation and hue in random order, each with its own factor for each sample"
-    def __init__(self, 
+    "Brightness, contrast, saturation and hue in random order, each with a factor per sample"
+    def __init__(self,
         brightness=0.4, # factor in [1-brightness, 1+brightness], not below 0; likewise the next two
         contrast=0.4,
         saturation=0.4,
@@ -236,19 +244,22 @@ class Jitter(Draw):
         p=0.8,          # probability, for each sample, to be changed
     ):
         super().__init__()
-        self.brightness,self.contrast,self.saturation,self.hue,self.p = brightness,contrast,saturation,hue,p
+        self.brightness,self.contrast,self.saturation = brightness,contrast,saturation
+        self.hue,self.p = hue,p
     def draw(self, n, device=None):
-        "[(operator, (n,) parameters), ...] in random order; a strength of 0 leaves its operator out"
+        "[(operator, (n,) parameters), ...] in random order, without those of strength 0"
         on = torch.rand(n, device=device) < self.p
-        ops = [(adjust_brightness,self.brightness), (adjust_contrast,self.contrast), (adjust_saturation,self.saturation)]
-        ops = [(op, torch.where(on, uniform(max(0,1-s), 1+s, n, device=device), 1)) for op,s in ops if s]
+        ops = [(adjust_brightness,self.brightness), (adjust_contrast,self.contrast),
+               (adjust_saturation,self.saturation)]
+        ops = [(op, torch.where(on, uniform(max(0,1-s), 1+s, n, device=device), 1))
+               for op,s in ops if s]
         if self.hue: ops.append((adjust_hue, on*uniform(-self.hue, self.hue, n, device=device)))
         return [ops[i] for i in torch.randperm(len(ops)).tolist()]
     def forward(self, x):
         for op,f in self.draw(len(x), x.device): x = op(x,f)
         return x
 
-# %% ../../nbs/core/03_views.ipynb #b6383f8d
+# %% ../../nbs/core/03_views.ipynb #51112870
 class Grey(Draw):
     "Take the colour out of some samples"
     def __init__(self, p=0.2): # probability, for each sample
@@ -257,8 +268,8 @@ class Grey(Draw):
     def forward(self, x): return grey(x, torch.rand(len(x), device=x.device)<self.p)
 
 class Blur(Draw):
-    "Blur some samples (SimCLR, appendix A: p=0.5, sigma of 0.1 to 2, a window of a tenth of the image)"
-    def __init__(self, 
+    "Blur some samples (SimCLR, appendix A: p=0.5, sigma 0.1 to 2, window a tenth of the image)"
+    def __init__(self,
         p=0.5,            # probability, for each sample
         sigma=(0.1,2.),   # range of the standard deviation, pixels
         kernel_size=None, # window in pixels, odd; None for a tenth of the image, at least 3
@@ -270,17 +281,20 @@ class Blur(Draw):
         k = self.kernel_size or max(3, x.shape[-1]//20*2+1)
         return gaussian_blur(x, on*uniform(*self.sigma, len(x), device=x.device), k)
 
-# %% ../../nbs/core/03_views.ipynb #8b068c89
+# %% ../../nbs/core/03_views.ipynb #780b30dd
 class Solarize(Draw):
     "Invert the bright pixels of some samples (BYOL, appendix B)"
-    def __init__(self, p=0.2, thresh=0.5): # probability for each sample; smallest value that is inverted
+    def __init__(self,
+        p=0.2,      # probability, for each sample
+        thresh=0.5, # smallest value that is inverted
+    ):
         super().__init__()
         self.p,self.thresh = p,thresh
     def forward(self, x):
         on = torch.rand(len(x), device=x.device) < self.p
         return solarize(x, torch.where(on, self.thresh, 2.))
 
-# %% ../../nbs/core/03_views.ipynb #276bf9ee
+# %% ../../nbs/core/03_views.ipynb #54ff5bd2
 def affine_matrix(
     turn, slant, # (B,) angles in radians
     zoom_x, zoom_y, # (B,) factors, above 1 for larger
@@ -291,15 +305,18 @@ def affine_matrix(
     rows = c/zoom_x, (c*t-s)/zoom_x, shift_x, s/zoom_y, (s*t+c)/zoom_y, shift_y
     return torch.stack(rows, 1).view(-1, 2, 3)
 
+# %% ../../nbs/core/03_views.ipynb #3f14efe4
 def warp(
     x,      # (B,C,H,W) images
     matrix, # (B,2,3) from `affine_matrix`
     size,   # side of the view in pixels
 ):
     "(B,C,size,size) views; what lies outside the image is black"
-    grid = nn.functional.affine_grid(matrix.to(x.dtype), (*x.shape[:2], size, size), align_corners=False)
+    shape = (*x.shape[:2], size, size)
+    grid = nn.functional.affine_grid(matrix.to(x.dtype), shape, align_corners=False)
     return nn.functional.grid_sample(x, grid, align_corners=False)
 
+# %% ../../nbs/core/03_views.ipynb #9d43b605
 class Affine(Draw):
     "Random turns, slants, zooms, stretches and shifts, and mirror images where `flip` is not 0"
     def __init__(self,
@@ -315,35 +332,40 @@ class Affine(Draw):
         self.size,self.turn,self.slant,self.zoom = size,turn,slant,tuple(zoom)
         self.shift,self.aspect,self.flip = shift,aspect,flip
 
-# %% ../../nbs/core/03_views.ipynb #823b176a
+# %% ../../nbs/core/03_views.ipynb #b1caeb22
 @patch
 def forward(self:Affine, x):
     u = lambda lo, hi: uniform(lo, hi, len(x), device=x.device)
     turn,slant = [u(-d, d)*math.pi/180 for d in (self.turn, self.slant)]
     z,half = u(*map(math.log, self.zoom)),math.log(self.aspect)/2
     r = u(-half, half)
-    A = affine_matrix(turn, slant, (z+r).exp(), (z-r).exp(), *[u(-self.shift, self.shift) for _ in 'xy'])
-    if self.flip: A[:,:,0] *= torch.where(torch.rand(len(x), device=x.device)<self.flip, -1., 1.)[:,None]
+    shift = [u(-self.shift, self.shift) for _ in 'xy']
+    A = affine_matrix(turn, slant, (z+r).exp(), (z-r).exp(), *shift)
+    if self.flip:
+        mirrored = torch.rand(len(x), device=x.device) < self.flip
+        A[:,:,0] *= torch.where(mirrored, -1., 1.)[:,None]
     return warp(x, A, self.size)
 
-# %% ../../nbs/core/03_views.ipynb #31bd3b3c
+# %% ../../nbs/core/03_views.ipynb #239159a2
 class ImageViews(nn.Sequential):
     "Random operators in sequence: images (B,C,H,W) in [0,1] to one random view of each"
     @torch.no_grad()
-    def forward(self, 
+    def forward(self,
         x, # (B,C,H,W) float in [0,1]
     ):
         if x.ndim!=4 or not x.is_floating_point():
-            raise TypeError(f'views take float images (B,C,H,W) in [0,1], got {x.dtype} of shape {tuple(x.shape)}')
-        with torch.autocast(x.device.type, enabled=False): return super().forward(x.as_subclass(torch.Tensor))
+            raise TypeError('views take float images (B,C,H,W) in [0,1], '
+                            f'got {x.dtype} of shape {tuple(x.shape)}')
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.as_subclass(torch.Tensor))
 
-# %% ../../nbs/core/03_views.ipynb #02ee8c4e
+# %% ../../nbs/core/03_views.ipynb #a0201574
 def image_views(
     size,            # side of the view in pixels, or (h,w)
     scale=(0.2,1.),  # area of the crop as a fraction of the image (MoCo's code; SimCLR: 0.08 to 1)
     ratio=(3/4,4/3), # width/height of the crop
-    flip=0.5,        # probability of a mirror image; 0 for digits and what else has a left and a right
-    brightness=0.4,  # strengths of the jitter: SimCLR, appendix A, at s=0.5 as for CIFAR-10 (appendix B.9)
+    flip=0.5,        # probability of a mirror image; 0 for what has a left and a right, as digits
+    brightness=0.4,  # strengths of the jitter (SimCLR, appendix A and B.9: s=0.5 for CIFAR-10)
     contrast=0.4,
     saturation=0.4,
     hue=0.1,
@@ -351,35 +373,36 @@ def image_views(
     grey=0.2,        # probability of losing colour (SimCLR, appendix A)
     blur=0.,         # probability of blur (SimCLR: 0.5 on ImageNet, none on CIFAR-10)
     solarize=0.,     # probability of solarising (BYOL: 0.2 in the second view)
-    affine=None,     # settings of `Affine`, which then takes the place of the crop; {} for the default ones
+    affine=None,     # settings of `Affine`, which replaces the crop; {} for its default ones
 ):
     "`ImageViews` with SimCLR's augmentations for small images; call it once for each view"
-    ops = [CropFlip(size, scale, ratio, flip) if affine is None else Affine(size, **dict(flip=flip) | affine)]
+    if affine is None: ops = [CropFlip(size, scale, ratio, flip)]
+    else: ops = [Affine(size, **dict(flip=flip) | affine)]
     if jitter:   ops.append(Jitter(brightness, contrast, saturation, hue, jitter))
     if grey:     ops.append(Grey(grey))
     if blur:     ops.append(Blur(blur))
     if solarize: ops.append(Solarize(solarize))
     return ImageViews(*ops)
 
-# %% ../../nbs/core/03_views.ipynb #936cae94
+# %% ../../nbs/core/03_views.ipynb #8a09c534
 class TokenViews(Draw):
     "Replace random tokens by `mask_id`; never the padding and never the first token"
-    def __init__(self, 
+    def __init__(self,
         drop=0.15, # probability, for each token
         mask_id=0, # what to put in its place; 0 makes it look like padding
     ):
         super().__init__()
         self.drop,self.mask_id = drop,mask_id
-    def forward(self, 
+    def forward(self,
         x, # (B,L) long, 0 = padding
     ):
         gone = (torch.rand(x.shape, device=x.device)<self.drop) & (x!=0)
         gone[:,0] = False
         return x.masked_fill(gone, self.mask_id)
 
-# %% ../../nbs/core/03_views.ipynb #fb3d7112
+# %% ../../nbs/core/03_views.ipynb #533acd55
 class ClipViews(CropFlip):
-    "One random resized crop and flip a clip, the same for all its frames"
+    "One random resized crop and flip per clip, the same for all its frames"
     @torch.no_grad()
     def forward(self,
         x, # (B,C,F,H,W) in [0,1]
@@ -387,10 +410,10 @@ class ClipViews(CropFlip):
         if x.ndim!=5: raise ValueError(f'views of clips take (B,C,F,H,W), got {tuple(x.shape)}')
         return super().forward(x.flatten(1,2)).unflatten(1, x.shape[1:3])
 
-# %% ../../nbs/core/03_views.ipynb #bb027f3b
+# %% ../../nbs/core/03_views.ipynb #08cf0b43
 def default_views(
     info, # `dls.info`, a `DataInfo`
-    small:bool=False # A view of a small part, as DINO's small crops?
+    small:bool=False # A view of a small part, as DINO's local crops?
 ): # Function from a batch to one random view of it
     "Random views that fit the data; its kind knows them"
     return get_kind(info.kind).views(info, small)

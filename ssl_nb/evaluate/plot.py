@@ -6,17 +6,18 @@
 __all__ = ['PANELS', 'show_image', 'show_rows', 'show_pretext', 'plot_training', 'plot_embedding', 'show_neighbours',
            'code_lines', 'show_parts']
 
-# %% ../../nbs/evaluate/02_plot.ipynb #d0be4fd2
+# %% ../../nbs/evaluate/02_plot.ipynb #1d27d25d
 import inspect, re, textwrap
 import matplotlib.pyplot as plt
 import numpy as np, torch
 import torch.nn.functional as F
 from sklearn.manifold import TSNE
+from ..core.common import did_you_mean
 from ..core.loader import get_kind
 from ..core.measures import encode, nearest_ids
 from ..core.method import get_method
 
-# %% ../../nbs/evaluate/02_plot.ipynb #1624dca2
+# %% ../../nbs/evaluate/02_plot.ipynb #12556285
 def show_image(
     im, # (C,H,W) in [0,1]
     ax, # Where to draw
@@ -30,58 +31,68 @@ def show_image(
     for s in ax.spines.values(): s.set_visible(False)
     if title is not None: ax.set_title(title, fontsize=8)
 
+# %% ../../nbs/evaluate/02_plot.ipynb #f89a5596
 def show_rows(
     rows:dict, # Title -> images (B,C,H,W)
-    n:int=8, # Images a row
-    side:float=0.9, # Inches a picture
-    titles:list=None # Above the pictures of the last row
+    n:int=8, # Images per row
+    side:float=0.9, # Inches per image
+    titles:list=None # Above the images of the last row
 ):
     "Rows of images, the title of each row on its left"
     n = min(n, *(len(v) for v in rows.values()))
-    fig,axs = plt.subplots(len(rows), n, figsize=(side*n+0.8, side*len(rows)+(0.3 if titles else 0)), squeeze=False, dpi=72)
+    size = side*n+0.8, side*len(rows)+(0.3 if titles else 0)
+    fig,axs = plt.subplots(len(rows), n, figsize=size, squeeze=False, dpi=72)
     for r,(name,ims) in enumerate(rows.items()):
-        for i in range(n): show_image(ims[i], axs[r,i], titles[i] if titles and r==len(rows)-1 else None)
+        above = titles[:n] if titles and r==len(rows)-1 else [None]*n
+        for im,ax,title in zip(ims, axs[r], above): show_image(im, ax, title)
         axs[r,0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=9)
     fig.tight_layout(pad=0.3)
     return fig
 
-# %% ../../nbs/evaluate/02_plot.ipynb #88a27d00
+# %% ../../nbs/evaluate/02_plot.ipynb #c479c444
 def show_pretext(
     method, # A `Method`
     dls, # DataLoaders of its data, or a batch (*x, y)
     n:int=8, # Samples
     seed:int=0
 ):
-    "One round of the pretext task: the clean samples, what the network sees, what it is asked"
-    batch = [o[:max(n, method.min_batch)] for o in (dls if isinstance(dls, tuple) else dls.one_batch())]
+    "The pretext task: the clean samples, what the network sees, what it is asked"
+    batch = dls if isinstance(dls, tuple) else dls.one_batch()
+    batch,info = [o[:max(n, method.min_batch)] for o in batch],getattr(dls, 'info', None)
     x = batch[:-1]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         inputs,targets = method.pretext(*(batch if method.uses_labels else x))
-    rows = {k: _to_look_at(v, getattr(dls, 'info', None)) for k,v in method.show(x, inputs, targets).items()}
-    pictures = {k: v for k,v in rows.items() if torch.is_tensor(v)}
-    words = {k: v for k,v in rows.items() if k not in pictures}
+    rows = {k: _to_look_at(v, info) for k,v in method.show(x, inputs, targets).items()}
+    images = {k: v for k,v in rows.items() if torch.is_tensor(v)}
+    words = {k: v for k,v in rows.items() if k not in images}
     titles = [', '.join(map(str, t)) for t in zip(*words.values())]
-    if pictures: return show_rows(pictures, n, titles=titles or None)
+    if images: return show_rows(images, n, titles=titles or None)
     for sample in list(zip(*words.values()))[:n]:
         for k,v in zip(words, sample): print(f'{k:>10}: {v}')
         print()
 
+# %% ../../nbs/evaluate/02_plot.ipynb #d0832193
 def _to_look_at(v, info):
     "Images and strings as they are; other samples as their kind of data shows them"
     if not torch.is_tensor(v) or v.ndim==4: return v
     return get_kind(info.kind).show(v, info) if info else [str(o.tolist()) for o in v]
 
-# %% ../../nbs/evaluate/02_plot.ipynb #84595338
-PANELS = {'loss': ('train_loss','valid_loss'), 'k-NN accuracy': ('knn',), 'pretext accuracy': ('accuracy',),
-          'rank (RankMe)': ('rank',), 'spread (std)': ('std','z_std')} # title -> columns, what says most first
+# %% ../../nbs/evaluate/02_plot.ipynb #c4b5b126
+# title -> columns; what says most comes first
+PANELS = {'loss': ('train_loss','valid_loss'), 'k-NN accuracy': ('knn',),
+          'pretext accuracy': ('accuracy',), 'rank (RankMe)': ('rank',),
+          'spread (std)': ('std','z_std')}
 _lines = dict(std='features', z_std='embedding', train_loss='train', valid_loss='valid')
 
+# %% ../../nbs/evaluate/02_plot.ipynb #8e1c9fb0
 def plot_training(
     history, # `learn.history`, or a DataFrame of it
     panels=None # Titles of `PANELS`; by default the first three that there are numbers for
 ):
-    "The training in two or three curves by epoch: loss, k-NN accuracy, accuracy of the pretext task"
+    "The training by epoch: loss, k-NN accuracy, accuracy of the pretext task"
+    unknown = [t for t in panels or () if t not in PANELS]
+    if unknown: raise ValueError(did_you_mean(unknown[0], PANELS, 'panel'))
     rows = history if isinstance(history, list) else history.to_dict('records')
     get = lambda k: [(r['epoch']+1, r[k]) for r in rows if r.get(k) is not None and r[k]==r[k]]
     curves = {t: {k: get(k) for k in PANELS[t] if get(k)} for t in panels or PANELS}
@@ -91,15 +102,17 @@ def plot_training(
     fig.tight_layout()
     return fig
 
+# %% ../../nbs/evaluate/02_plot.ipynb #2b05e49a
 def _curves(ax, title, lines):
     for k,points in lines.items():
-        ax.plot(*zip(*points), label=_lines.get(k, k), marker='.' if len(points)<15 else None, lw=1.5)
+        marker = '.' if len(points)<15 else None
+        ax.plot(*zip(*points), label=_lines.get(k, k), marker=marker, lw=1.5)
     if len(lines)>1: ax.legend(fontsize=7)
     if title!='loss': ax.set_ylim(bottom=0)
     ax.set_title(title, fontsize=9); ax.set_xlabel('epoch', fontsize=8); ax.tick_params(labelsize=7)
     ax.spines[['top','right']].set_visible(False)
 
-# %% ../../nbs/evaluate/02_plot.ipynb #6a6b74a1
+# %% ../../nbs/evaluate/02_plot.ipynb #76a74d1b
 def plot_embedding(
     h, # (N,D) features
     y, # (N,) labels, -1 unknown
@@ -114,12 +127,13 @@ def plot_embedding(
     for i,c in enumerate(sorted(set(y.tolist()))):
         name = 'unknown' if c<0 else classes[c] if classes and c<len(classes) else str(c)
         ax.scatter(*xy[y==c].T, s=6, color='lightgrey' if c<0 else plt.cm.tab20(i%20), label=name)
-    if len(set(y.tolist()))<=20: ax.legend(fontsize=6, markerscale=2, loc='center left', bbox_to_anchor=(1,0.5), frameon=False)
+    if len(set(y.tolist()))<=20: ax.legend(fontsize=6, markerscale=2, loc='center left',
+                                           bbox_to_anchor=(1,0.5), frameon=False)
     ax.set_xticks([]); ax.set_yticks([])
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/evaluate/02_plot.ipynb #74130652
+# %% ../../nbs/evaluate/02_plot.ipynb #04334a30
 def show_neighbours(
     encoder, dl, # An encoder and a loader of images
     queries:int=4, # How many samples ask
@@ -129,19 +143,20 @@ def show_neighbours(
     h,_ = encode(encoder, dl, 5000)
     x = torch.cat([b[0] for b,_ in zip(dl, range(1+5000//dl.bs))])[:len(h)]
     q = torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[:queries].to(h.device)
-    return show_rows({f'{i}': x[torch.cat([q[i:i+1], ids])] for i,ids in enumerate(nearest_ids(h, q, k))}, k+1)
+    rows = torch.cat([q[:,None], nearest_ids(h, q, k)], 1) # (queries,1+k)
+    return show_rows({f'{i}': x[ids] for i,ids in enumerate(rows)}, k+1)
 
-# %% ../../nbs/evaluate/02_plot.ipynb #3bfc6f57
+# %% ../../nbs/evaluate/02_plot.ipynb #bb47df66
 def code_lines(
     thing, # A function, or a `Method` class: its pretext, forward, loss and update
 )->list: # Lines of code
     "The lines that matter of a function or of the four parts of a method"
     if isinstance(thing, type):
-        parts = [getattr(thing, k) for k in ('pretext','forward','loss','update')]
-        return [l for f in parts if f.__module__ != 'ssl_nb.core.method' for l in code_lines(f)]
+        return [l for lines in _parts_of(thing).values() for l in lines]
     src = textwrap.dedent(inspect.getsource(inspect.unwrap(thing)))
     src = re.sub(r'^ *"[^"\n]*"\n', '', re.sub(r' +# .*', '', src), flags=re.M)
-    head,rest = re.match(r'(?s)(?:@[^\n]*\n)?(def .*?\)(?: *->[^:\n]*)?:)(?=[ \n])(.*)', src).groups()
+    signature = r'(?s)(?:@[^\n]*\n)?(def .*?\)(?: *->[^:\n]*)?:)(?=[ \n])(.*)'
+    head,rest = re.match(signature, src).groups()
     head = re.sub(r'\(\s+', '(', re.sub(r'\s+\)', ')', re.sub(r'\s*\n\s*', ' ', head)))
     return [l for l in (re.sub(r'\bself:\w+', 'self', head)+rest).split('\n') if l.strip()]
 
@@ -150,8 +165,10 @@ _parts = 'pretext','forward','loss','update'
 def _parts_of(thing):
     "{part: lines of code} of a method; a function is all loss"
     if not isinstance(thing, type): return {'loss': code_lines(thing)}
-    return {p: [] if getattr(thing, p).__module__=='ssl_nb.core.method' else code_lines(getattr(thing, p)) for p in _parts}
+    own = {p: getattr(thing, p) for p in _parts}
+    return {p: [] if f.__module__=='ssl_nb.core.method' else code_lines(f) for p,f in own.items()}
 
+# %% ../../nbs/evaluate/02_plot.ipynb #1e86ddcc
 def show_parts(
     *things # Two functions, or two methods: classes, or names such as 'simclr'
 ):

@@ -6,7 +6,7 @@
 __all__ = ['draw_labels', 'linear_probe', 'few_label_accuracy', 'raw_features', 'random_copy', 'fit_batchnorm', 'labelled',
            'train_supervised', 'label_free', 'Report', 'report']
 
-# %% ../../nbs/evaluate/01_report.ipynb #0cbd1626
+# %% ../../nbs/evaluate/01_report.ipynb #95c263d3
 import copy, json, warnings
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,9 @@ from fastai.optimizer import OptimWrapper
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from ..core.learner import (EpochSeed, decay_groups, fit_one_cycle, precision_cbs,
+                                 seed_everything)
 from ..core.loader import ResidentDL, finish_dls, get_kind, one_label
-from ..core.learner import EpochSeed, decay_groups, fit_one_cycle, precision_cbs, seed_everything
 from ..core.measures import alignment, encode, feature_std, knn_predict, rankme, uniformity
 from ..core.views import default_views
 
@@ -81,7 +82,7 @@ def raw_features(
     feats = [(raw(b[0], info), b[-1]) for b in dl]
     return torch.cat([h for h,_ in feats]),torch.cat([y for _,y in feats])
 
-# %% ../../nbs/evaluate/01_report.ipynb #e1b15bb0
+# %% ../../nbs/evaluate/01_report.ipynb #8e1d829c
 @torch.no_grad()
 def random_copy(
     encoder, # Any module
@@ -94,7 +95,7 @@ def random_copy(
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
     for p,q in zip(new.parameters(), encoder.parameters()):
         if torch.equal(p, q) and p.ndim>1: p.normal_(0, float(q.std()))
-        elif torch.equal(p, q) and p.std()>0: p.fill_(float(q.mean())) # scales of a timm layer, trained
+        elif torch.equal(p, q) and p.std()>0: p.fill_(float(q.mean())) # scales of a timm layer
     return new
 
 # %% ../../nbs/evaluate/01_report.ipynb #d741da68
@@ -128,7 +129,7 @@ def labelled(
     if not known.any(): known = ~known
     return dl.take(known)
 
-# %% ../../nbs/evaluate/01_report.ipynb #a56a120a
+# %% ../../nbs/evaluate/01_report.ipynb #809fbc92
 class _Supervised(Callback):
     "Training batches through random views, and one label of each sample"
     def __init__(self, views, info, label): self.views,self.info,self.label = views,info,label
@@ -136,6 +137,7 @@ class _Supervised(Callback):
         self.learn.yb = (one_label(self.yb[0], self.info, self.label),)
         if self.training and self.views: self.learn.xb = (self.views(self.xb[0]), *self.xb[1:])
 
+# %% ../../nbs/evaluate/01_report.ipynb #0f5d184c
 def train_supervised(
     encoder, # Only its architecture is used
     dls, # DataLoaders with labels
@@ -145,12 +147,14 @@ def train_supervised(
 ): # A trained encoder
     "Train a random copy of the encoder with all labels: the reference at the top"
     info,device = dls.info,getattr(dls, 'device', None)
-    enc,dls = random_copy(encoder, seed),finish_dls([labelled(dls.train, info, label), dls.valid], info, device)
+    enc,train = random_copy(encoder, seed),labelled(dls.train, info, label)
+    dls = finish_dls([train, dls.valid], info, device)
     model = nn.Sequential(enc, nn.Linear(enc.num_features, len(info.names(label))))
-    cbs = [EpochSeed(seed), _Supervised(views, info, label), *precision_cbs(next(encoder.parameters()).device)]
-    learn = Learner(dls, model, loss_func=partial(F.cross_entropy, ignore_index=-1), splitter=decay_groups,
-                    wd=[wd,0.], opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), cbs=cbs)
-    learn._do_epoch_validate = lambda *args, **kwargs: None # nothing is chosen, so nothing is watched
+    precision = precision_cbs(next(encoder.parameters()).device)
+    learn = Learner(dls, model, loss_func=partial(F.cross_entropy, ignore_index=-1),
+                    splitter=decay_groups, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+                    wd=[wd,0.], cbs=[EpochSeed(seed), _Supervised(views, info, label), *precision])
+    learn._do_epoch_validate = lambda *args, **kwargs: None # nothing is chosen by it
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return enc.eval()
 
@@ -186,51 +190,64 @@ class Report:
     def __repr__(self): return self.text().to_string()
     def _repr_html_(self): return self.text().to_html()
 
-# %% ../../nbs/evaluate/01_report.ipynb #187c86de
+# %% ../../nbs/evaluate/01_report.ipynb #941a8ab7
 @patch
 def to_dict(self:Report):
     "Plain numbers, for JSON"
-    nums = lambda df: {r: {c: None if pd.isna(v) else float(v) for c,v in row.items()} for r,row in df.iterrows()}
-    return dict(table=nums(self.table), spread=nums(self.spread), protocol=self.protocol)
+    def row(r): return {c: None if pd.isna(v) else float(v) for c,v in r.items()}
+    def numbers(df): return {name: row(r) for name,r in df.iterrows()}
+    return dict(table=numbers(self.table), spread=numbers(self.spread), protocol=self.protocol)
 
+# %% ../../nbs/evaluate/01_report.ipynb #74bb116d
 def _protocol(dls, labels, draws, k, temp, C, supervised, n_test, part, seed, label):
-    n,info = ', '.join('all' if l is None else str(l) for l in labels),dls.info
-    known = ' (there is no test split; these were watched during training)' if part=='valid' else ', used for nothing else'
-    words = [f'Features of the encoder as it is (final epoch, evaluation mode), on the {part} split of {info.name} '
-             f'({n_test} samples{known}).']
+    info,seen = dls.info,', used for nothing else'
+    if part=='valid': seen = ' (there is no test split; these were watched during training)'
+    words = [f'Features of the encoder as it is (final epoch, evaluation mode), on the {part} '
+             f'split of {info.name} ({n_test} samples{seen}).']
     if not labels: words += ['No accuracies: this split has no labels.']
-    else: words += [
-        f'Classes: {label or next(iter(info.classes))}. Labels: {n} per class, from the train split '
-        f'({dls.train.n} samples); mean ± standard deviation over {draws} random draws (seeds {seed} to {seed+draws-1}).',
-        f'k-NN: k = {k} or all labelled samples if fewer, cosine, weights exp(cos/{temp}).',
-        f'Probe: logistic regression, C = {C:g}, on standardised features.']
+    else: words += _accuracies(info, dls.train.n, labels, draws, k, temp, C, seed, label)
     words += ['Random encoder: fresh weights, batch statistics of the train split.']
-    if supervised: words += [f'Supervised: the same architecture from random weights, cross-entropy on all train '
-                             f'labels, {supervised} epochs.']
-    return ' '.join(words + ['RankMe (higher: more directions in use), alignment (lower: views closer), uniformity '
-                             '(lower: more evenly spread), std (0 is collapse, 1 is spread evenly).'])
+    if supervised: words += ['Supervised: the same architecture from random weights, cross-entropy '
+                             f'on all train labels, {supervised} epochs.']
+    return ' '.join(words + ['RankMe (higher: more directions in use), alignment (lower: '
+        'views closer), uniformity (lower: more evenly spread), std (0 is collapse, 1 is spread '
+        'evenly).'])
 
-# %% ../../nbs/evaluate/01_report.ipynb #41bd8fca
+def _accuracies(info, n_train, labels, draws, k, temp, C, seed, label):
+    n = ', '.join('all' if l is None else str(l) for l in labels)
+    yield (f'Classes: {label or next(iter(info.classes))}. Labels: {n} per class, from the train '
+           f'split ({n_train} samples); mean ± standard deviation over {draws} random draws '
+           f'(seeds {seed} to {seed+draws-1}).')
+    yield f'k-NN: k = {k} or all labelled samples if fewer, cosine, weights exp(cos/{temp}).'
+    yield f'Probe: logistic regression, C = {C:g}, on standardised features.'
+
+# %% ../../nbs/evaluate/01_report.ipynb #089f7a1d
 def _row(encoder, train, test, info, labels, x, views, seed, label, protocol):
     "Values and spreads of one encoder (None is the raw input)"
     raw = partial(get_kind(info.kind).raw, info=info)
-    seen = [raw_features(dl, info) if encoder is None else encode(encoder, dl) for dl in (train, test)]
-    (h,y),(th,ty) = [(h, one_label(y, info, label)) for h,y in seen]
+    def features(dl): return raw_features(dl, info) if encoder is None else encode(encoder, dl)
+    (h,y),(th,ty) = [(h, one_label(y, info, label)) for h,y in map(features, (train, test))]
     acc = few_label_accuracy(h, y, th, ty, labels, seed=seed, **protocol) if labels else {}
-    acc = {f'{m} {n or "all"}': (mean, np.nan if n is None else std) for (m,n),(mean,std) in acc.items()}
+    acc = {f'{m} {n or "all"}': (mean, np.nan if n is None else std)
+           for (m,n),(mean,std) in acc.items()}
     acc = {c: acc[c] for c in sorted(acc, key=lambda c: c.split()[0])}
     free = label_free(encoder, th, x, views, raw, seed)
     return {c: v for c,(v,_) in acc.items()} | free,{c: s for c,(_,s) in acc.items()}
 
-# %% ../../nbs/evaluate/01_report.ipynb #43d4d45b
+# %% ../../nbs/evaluate/01_report.ipynb #05a87ca8
 def _encoders(encoder, dls, supervised, views, seed, label):
     "The four rows of a report"
     random = fit_batchnorm(random_copy(encoder), dls.train.new())
     rows = {'raw input': None, 'random encoder': random, 'this encoder': encoder.eval()}
     if not supervised: return rows
     augment = views if get_kind(dls.info.kind).augment else None
-    return rows | {'supervised': train_supervised(encoder, dls, supervised, views=augment, seed=seed, label=label)}
+    best = train_supervised(encoder, dls, supervised, views=augment, seed=seed, label=label)
+    return rows | {'supervised': best}
 
+def _has_labels(dl, info, label):
+    return bool(info.classes) and any((one_label(b[-1], info, label)>=0).any() for b in dl)
+
+# %% ../../nbs/evaluate/01_report.ipynb #9cee40b9
 def report(
     encoder, # The encoder, never a method
     dls, # DataLoaders; the test split is used if there is one
@@ -241,18 +258,17 @@ def report(
     label:str=None, # Which label, where samples have several; the first by default
     seed:int=0, show:bool=True # Print the table?
 )->Report: # Its `protocol` says in words how the numbers came about
-    "What is this encoder worth? Beside the raw input, a random encoder, and one trained with labels"
+    "The encoder beside the raw input, a random encoder, and one trained with labels"
     part,info = ('test' if getattr(dls, 'test', None) is not None else 'valid'),dls.info
-    train,test = labelled(dls.train.new(shuffle=False, drop_last=False), info, label),getattr(dls, part)
-    views = views or default_views(info)
-    if not info.classes or not any((one_label(b[-1], info, label)>=0).any() for b in test): labels,supervised = (),0
+    test,views = getattr(dls, part),views or default_views(info)
+    train = labelled(dls.train.new(shuffle=False, drop_last=False), info, label)
+    if not _has_labels(test, info, label): labels,supervised = (),0
     x = torch.cat([b[0] for b,_ in zip(test, range(1+1000//test.bs))])[:1000]
     how = dict(draws=draws, k=k, temp=temp, C=C)
     done = {name: _row(enc, train, test, info, labels, x, views, seed, label, how)
             for name,enc in _encoders(encoder, dls, supervised, views, seed, label).items()}
     table,spread = [pd.DataFrame({name: row[i] for name,row in done.items()}).T for i in (0,1)]
-    spread = spread.reindex(index=table.index, columns=table.columns)
-    rep = Report(table, spread, _protocol(dls, labels, supervised=supervised, n_test=test.n, part=part, seed=seed,
-                                          label=label, **how))
+    how |= dict(supervised=supervised, n_test=test.n, part=part, seed=seed, label=label)
+    rep = Report(table, spread.reindex_like(table), _protocol(dls, labels, **how))
     if show: print(rep)
     return rep

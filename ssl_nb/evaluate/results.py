@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd
 
-# %% ../../nbs/evaluate/03_results.ipynb #317c2fc1
-COLUMNS = ['knn 1','knn 10','knn all','probe 1','probe 10','probe all','rankme','samples_per_s','seconds']
+# %% ../../nbs/evaluate/03_results.ipynb #feb596b8
+COLUMNS = ['knn 1','knn 10','knn all','probe 1','probe 10','probe all','rankme','samples_per_s',
+           'seconds']
 
 def read_results(
     file # JSON file of a comparison
@@ -22,36 +23,44 @@ def read_results(
 def reference(
     results:dict, # From `read_results`
     name:str='raw input' # Or 'random encoder'
-)->dict: # What was measured; empty where it is not there
+)->dict: # Means over the seeds; empty where it is not there
     "The numbers of what was not trained"
-    return next((r for r in results['runs'] if r['method']==name), {})
+    runs = [r for r in results['runs'] if r['method']==name and 'error' not in r]
+    return pd.DataFrame(runs).mean(numeric_only=True).to_dict()
 
+# %% ../../nbs/evaluate/03_results.ipynb #7aea2ef6
 def mean_table(
     results:dict, # From `read_results`
     by:str='knn 10' # Column to sort by
-)->pd.DataFrame: # One row per method: means, and columns with ± in front for the deviation over seeds
+)->pd.DataFrame: # One row per method: means, and in columns with ± the deviation over seeds
     "Mean and standard deviation over seeds, best first"
-    runs = pd.DataFrame([r for r in results['runs'] if 'error' not in r and ' ' not in r['method']])
+    runs = [r for r in results['runs'] if 'error' not in r and ' ' not in r['method']]
+    errors = '; '.join(f'{r["method"]}: {r["error"]}' for r in results['runs'] if 'error' in r)
+    if not runs: raise ValueError(f'no method could be trained: {errors}')
+    runs = pd.DataFrame(runs)
     columns,groups = [c for c in COLUMNS if c in runs],runs.groupby('method')
     t = groups[columns].mean().join(groups[columns].std().add_prefix('± '))
     return t.join(groups.size().rename('seeds')).sort_values(by, ascending=False)
 
-# %% ../../nbs/evaluate/03_results.ipynb #ab66db5d
+# %% ../../nbs/evaluate/03_results.ipynb #64a61e4d
 def text_table(
     results:dict, # From `read_results`
     columns=None # Those to show; by default all that there are
 )->pd.DataFrame: # Strings
-    "The table as you read it, with the raw input at the bottom"
-    t,raw = mean_table(results),reference(results)
+    "The table as you read it; what was not trained stands at the bottom"
+    t = mean_table(results)
     def cell(m, c):
         if c in ('samples_per_s','seconds'): return f'{t.loc[m,c]:.0f}'
         spread = c[:3] in ('knn','pro') and t.loc[m,'seeds']>1
         return f'{t.loc[m,c]:.1f}' + (f' ± {t.loc[m,"± "+c]:.1f}' if spread else '')
     columns = [c for c in columns or COLUMNS if c in t]
     rows = pd.DataFrame({c: [cell(m, c) for m in t.index] for c in columns}, t.index)
-    if raw: rows.loc['raw input'] = [f'{raw[c]:.1f}' if c in raw else '' for c in columns]
+    for name in ('raw input','random encoder'):
+        r = reference(results, name)
+        if r: rows.loc[name] = [f'{r[c]:.1f}' if c in r else '' for c in columns]
     return rows
 
+# %% ../../nbs/evaluate/03_results.ipynb #ea9fa268
 def plot_results(
     results:dict, # From `read_results`
     shown=('knn 10','probe 10','probe all')
@@ -59,7 +68,8 @@ def plot_results(
     "One row per method, one dot per seed; the dashed line is the raw input"
     t,raw = mean_table(results),reference(results)
     runs,shown = pd.DataFrame(results['runs']),[c for c in shown if c in t]
-    fig,axs = plt.subplots(1, len(shown), figsize=(2.6*len(shown)+1, 0.27*len(t)+1), sharey=True, squeeze=False, dpi=72)
+    size = 2.6*len(shown)+1, 0.27*len(t)+1
+    fig,axs = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, dpi=72)
     for ax,c in zip(axs[0], shown):
         for i,m in enumerate(reversed(t.index)):
             v = runs.loc[runs.method==m, c]
@@ -70,7 +80,7 @@ def plot_results(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/evaluate/03_results.ipynb #0af57032
+# %% ../../nbs/evaluate/03_results.ipynb #5c8eeae2
 def protocol(
     results:dict # From `read_results`
 )->str:
@@ -78,9 +88,10 @@ def protocol(
     c = results['config']
     some = f' ({c["samples"]} samples of each part)' if c['samples'] else ''
     lr = 'learning rate of the recipe' if c['lr'] is None else f'learning rate {c["lr"]:g}'
-    return (f'{Path(c["data"]).stem}{some}, encoder {c["encoder"] or "by default"}, {c["epochs"]} epochs, batch size '
-            f'{c["batch_size"]}, AdamW, one cycle, {lr}, scaled with the square root of the batch size. Test part, last '
-            'epoch, nothing chosen on it. k-NN: k = 200 or all labelled samples if fewer, t = 0.1. Probe: logistic '
-            'regression on standardised features. 1 and 10 labels per class: mean over 5 draws. ± is the deviation over '
-            f'seeds. samples_per_s and seconds: training, {results["machine"]}'
-            f'{", one run per core" if c["device"]=="cpu" else ""}.')
+    at_once = ', one run per core' if c['device']=='cpu' else ''
+    return (f'{Path(c["data"]).stem}{some}, encoder {c["encoder"] or "by default"}, {c["epochs"]} '
+            f'epochs, batch size {c["batch_size"]}, AdamW, one cycle, {lr}, scaled with the square '
+            'root of the batch size. Test part, last epoch, nothing chosen on it. k-NN: k = 200 or '
+            'all labelled samples if fewer, t = 0.1. Probe: logistic regression on standardised '
+            'features. 1 and 10 labels per class: mean over 5 draws. ± is the deviation over '
+            f'seeds. samples_per_s and seconds: training, {results["machine"]}{at_once}.')

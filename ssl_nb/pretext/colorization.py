@@ -6,13 +6,11 @@
 __all__ = ['rgb_to_lab', 'lab_to_rgb', 'ab_bins', 'soft_encode', 'colour_prior', 'rebalance', 'colour_loss', 'annealed_mean',
            'grey_image', 'Colorization']
 
-# %% ../../nbs/pretext/05_colorization.ipynb #71037c4a
+# %% ../../nbs/pretext/05_colorization.ipynb #f35f2605
 import torch
 import torch.nn.functional as F
-from ..data.embedded import photos_dls
 from ..core.encoders import feature_map, map_channels
 from ..core.heads import Decoder
-from ..data.images import image_dls
 from ..core.method import Method, check_modality
 from ..core.views import image_views
 
@@ -118,9 +116,10 @@ def grey_image(
     "Lightness as a grey image"
     return (L/100).clamp(0, 1).repeat(1, channels, 1, 1)
 
-# %% ../../nbs/pretext/05_colorization.ipynb #3fefbfad
+# %% ../../nbs/pretext/05_colorization.ipynb #aebfaf62
 class Colorization(Method):
     "Predict the colour of a grey image, as a distribution over colour bins (Zhang et al. 2016)"
+    default_data = 'photos' # digits have no colour
     recipe = dict(epochs=10, batch_size=64, lr=2e-3, wd=0.05)
     def __init__(self,
         encoder, # An `ImageEncoder` for images of three channels
@@ -174,13 +173,6 @@ def for_data(cls:Colorization,
     crop = image_views(info.size, **{'scale': (0.4,1.)} | info.views | {'jitter': 0., 'grey': 0.})
     fit = dict(prior=prior, bin_size=bin_size, side=max(1, info.size//4), views=crop)
     return cls(encoder, **fit | kwargs)
-
-# %% ../../nbs/pretext/05_colorization.ipynb #5fc30514
-@patch(cls_method=True)
-def get_dls(cls:Colorization, data=None, size=None, **kwargs):
-    "Colour images by name or path: tiles of two photographs, or a folder"
-    if data in (None,'digits','photos'): return photos_dls(size=size or 32, **kwargs)
-    return image_dls(data, size=size, **kwargs)
 
 # %% ../../nbs/pretext/05_colorization.ipynb #279ccac3
 @patch
