@@ -98,7 +98,9 @@ def test_help_is_quick():
 
 @pytest.mark.parametrize('name', sorted(find_methods()))
 def test_every_method_keeps_the_contract(name):
-    dls, method = build(run_config(name, batch_size=32, device='cpu'))
+    cls = get_method(name)
+    data = 'digits' if cls.modality in (None, 'images') and not cls.default_data else None # instant where that is possible
+    dls, method = build(run_config(name, data, batch_size=32, device='cpu'))
     check_method(method, dls.one_batch())
 
 
