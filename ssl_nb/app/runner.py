@@ -163,7 +163,7 @@ def _seen(learn):
                 accuracy=last.get('accuracy'), z_std=last.get('z_std'), loss=last['valid_loss'],
                 diagnosis=monitor.diagnosis, cause=monitor.cause)
 
-# %% ../../nbs/app/02_runner.ipynb #8c088320
+# %% ../../nbs/app/02_runner.ipynb #d6d3ebc4
 def run_one(
     name:str, # A candidate, or one of `references`
     seed:int,
@@ -182,7 +182,7 @@ def run_one(
             numbers,more = measure(encoder, dls, seed)
         return dict(method=name, seed=seed) | seen | numbers,more
     except (ValueError, RuntimeError, FloatingPointError, TypeError) as e:
-        return dict(method=name, seed=seed, error=str(e).strip().split('\n')[-1]),None
+        return dict(method=name, seed=seed, error=str(e).strip().split('\n')[-1].strip()),None
 
 # %% ../../nbs/app/02_runner.ipynb #86596c2a
 def run_all(
