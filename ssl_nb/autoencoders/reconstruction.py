@@ -15,7 +15,7 @@ from ..core.encoders import create_encoder
 from ..evaluate.report import train_supervised
 from ..core.heads import Decoder
 from ..core.measures import frechet_distance
-from ..core.method import Method
+from ..core.method import Method, check_modality
 from ..evaluate.plot import show_rows
 
 # %% ../../nbs/autoencoders/00_reconstruction.ipynb #489f9290
@@ -54,8 +54,7 @@ def decoder_for(
     latent:int # Length of the code
 )->Decoder:
     "A decoder to images like those of a data set"
-    if info.kind!='images':
-        raise ValueError(f'an autoencoder reconstructs images, and {info.name} is {info.kind}')
+    check_modality(Reconstruction, info)
     return Decoder(latent, info.channels, info.size)
 
 # %% ../../nbs/autoencoders/00_reconstruction.ipynb #6457d18c
