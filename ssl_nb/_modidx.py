@@ -778,6 +778,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ssl_nb.core.method._method_files': ('core/method.html#_method_files', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method._methods_of': ('core/method.html#_methods_of', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method._spoil': ('core/method.html#_spoil', 'ssl_nb/core/method.py'),
+                                    'ssl_nb.core.method.asked': ('core/method.html#asked', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method.check_method': ('core/method.html#check_method', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method.check_modality': ('core/method.html#check_modality', 'ssl_nb/core/method.py'),
                                     'ssl_nb.core.method.find_methods': ('core/method.html#find_methods', 'ssl_nb/core/method.py'),

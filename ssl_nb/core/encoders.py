@@ -129,10 +129,9 @@ def small_cnn(pretrained=False, **kwargs):
 def patch_size(
     size:int # Side of the image in pixels
 )->int: # Side of a patch that divides it
-    "The largest power of two up to an eighth of `size` that divides it; 2 up to 16 px"
-    p = 2 if size<=16 else max(2, size//8)
-    while p>1 and (size%p or p&(p-1)): p -= 1
-    return p
+    "The largest power of two, up to 16, that leaves seven patches or more a side; 2 up to 16 px"
+    fit = [p for p in (2,4,8,16) if size%p==0 and size//p>=7]
+    return 2 if size<=16 and size%2==0 else max(fit, default=1)
 
 def _fit_args(name, info):
     "Arguments by which a timm model fits the data"

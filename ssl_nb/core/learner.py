@@ -24,7 +24,7 @@ from fastai.torch_core import find_bs, to_detach, noop
 from .common import whole_file
 from .loader import DataInfo, one_label
 from .measures import encode, feature_std, knn_predict, rankme
-from .method import Method
+from .method import Method, asked
 
 # %% ../../nbs/core/08_learner.ipynb #257a8b33
 class Pretext(Callback):
@@ -36,8 +36,8 @@ class Pretext(Callback):
 
     def before_batch(self):
         if find_bs(self.xb) < self.method.min_batch: return self._too_small()
-        asked = (*self.xb, *self.yb) if self.method.uses_labels else self.xb
-        with torch.no_grad(): inputs,self.targets = self.method.pretext(*asked)
+        batch = asked(self.method, (*self.xb, *self.yb))
+        with torch.no_grad(): inputs,self.targets = self.method.pretext(*batch)
         self.n = find_bs(self.xb)
         self.learn.xb,self.learn.yb = inputs,self.targets or self.yb
 
@@ -70,11 +70,10 @@ class MethodMetric(Metric):
 def before_fit(self:Pretext):
     if any(isinstance(m, MethodMetric) for m in self.learn.metrics): return
     training = self.method.training
-    *x,y = self.learn._set_device(self.dls.valid.one_batch())
-    if len(x[0]) < self.method.min_batch: return
-    if self.method.uses_labels: x = (*x,y)
+    batch = self.learn._set_device(self.dls.valid.one_batch())
+    if len(batch[0]) < self.method.min_batch: return
     self.method.eval()
-    inputs,targets = self.method.pretext(*x)
+    inputs,targets = self.method.pretext(*asked(self.method, batch))
     names = list(self.method.metrics(self.method(*inputs), *targets))
     self.method.train(training)
     self.learn.metrics = self.learn.metrics + [MethodMetric(self, n) for n in names]

@@ -15,7 +15,7 @@ from sklearn.manifold import TSNE
 from ..core.common import did_you_mean
 from ..core.loader import get_kind
 from ..core.measures import encode, nearest_ids
-from ..core.method import get_method
+from ..core.method import asked, get_method
 
 # %% ../../nbs/evaluate/02_plot.ipynb #12556285
 def show_image(
@@ -62,7 +62,7 @@ def show_pretext(
     x = batch[:-1]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        inputs,targets = method.pretext(*(batch if method.uses_labels else x))
+        inputs,targets = method.pretext(*asked(method, batch))
     rows = {k: _to_look_at(v, info) for k,v in method.show(x, inputs, targets).items()}
     images = {k: v for k,v in rows.items() if torch.is_tensor(v)}
     words = {k: v for k,v in rows.items() if k not in images}
@@ -155,7 +155,7 @@ def code_lines(
         return [l for lines in _parts_of(thing).values() for l in lines]
     src = textwrap.dedent(inspect.getsource(inspect.unwrap(thing)))
     src = re.sub(r'^ *"[^"\n]*"\n', '', re.sub(r' +# .*', '', src), flags=re.M)
-    signature = r'(?s)(?:@[^\n]*\n)?(def .*?\)(?: *->[^:\n]*)?:)(?=[ \n])(.*)'
+    signature = r'(?s)(?:@[^\n]*\n)*(def .*?\)(?: *->[^:\n]*)?:)(?=[ \n])(.*)'
     head,rest = re.match(signature, src).groups()
     head = re.sub(r'\(\s+', '(', re.sub(r'\s+\)', ')', re.sub(r'\s*\n\s*', ' ', head)))
     return [l for l in (re.sub(r'\bself:\w+', 'self', head)+rest).split('\n') if l.strip()]
