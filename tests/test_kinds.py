@@ -129,3 +129,11 @@ def test_the_rest_of_the_library_does_not_ask_for_the_kind():
     asks = [f'{p.relative_to(ROOT)}:{n}: {line.strip()}' for p in files for n,line in enumerate(p.read_text().splitlines(), 1)
             if re.search(r'\bkind *[!=]= *[\'"]|\bmodality *[!=]= *[\'"]', line)]
     assert len(files) > 40 and not asks, '\n'.join(asks)
+
+
+def test_pairs_serve_methods_of_any_kind(tmp_path):
+    "SimCLR and its report take the images of pairs"
+    from ssl_nb.app.cli import main
+    run = tmp_path/'run'
+    assert main(['pretrain', 'simclr', '--data', 'painted', '--epochs', '1', '--out', str(run), '--device', 'cpu']) == 0
+    assert 'supervised' in json.loads((run/'report.json').read_text())['table']

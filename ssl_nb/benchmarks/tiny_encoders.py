@@ -82,7 +82,7 @@ def run_row(
 def parser():
     "The arguments of the command"
     p = argparse.ArgumentParser('python -m ssl_nb.benchmarks.tiny_encoders')
-    p.add_argument('--seconds', type=float, default=10., help='of training, one thread (default: 10)')
+    p.add_argument('--seconds', type=float, default=10., help='of training, on one thread')
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--file', default='nbs/benchmarks/results/tiny-encoders-mnist-cpu.json')
     return p

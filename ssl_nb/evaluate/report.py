@@ -135,7 +135,8 @@ class _Supervised(Callback):
     def __init__(self, views, info, label): self.views,self.info,self.label = views,info,label
     def before_batch(self):
         self.learn.yb = (one_label(self.yb[0], self.info, self.label),)
-        if self.training and self.views: self.learn.xb = (self.views(self.xb[0]), *self.xb[1:])
+        x = self.xb[0] # of pairs the first
+        self.learn.xb = (self.views(x) if self.training and self.views else x,)
 
 # %% ../../nbs/evaluate/01_report.ipynb #0f5d184c
 def train_supervised(
