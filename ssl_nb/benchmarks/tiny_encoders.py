@@ -84,6 +84,7 @@ def parser():
     p = argparse.ArgumentParser('python -m ssl_nb.benchmarks.tiny_encoders')
     p.add_argument('--seconds', type=float, default=10., help='of training, on one thread')
     p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--rows', help='names with semicolons between (default: all)')
     p.add_argument('--file', default='nbs/benchmarks/results/tiny-encoders-mnist-cpu.json')
     return p
 
@@ -98,7 +99,8 @@ def main(
                   seconds=a.seconds, device='cpu', threads=1)
     out = dict(config=config, machine=machine('cpu'), torch=torch.__version__,
                raw=valid_scores(None, mnist_dls()), runs=[])
-    for row in ROWS:
+    named = a.rows.split(';') if a.rows else [row[1] for row in ROWS]
+    for row in [row for row in ROWS if row[1] in named]:
         for numbers in run_row(*row, a.seconds, a.seeds):
             out['runs'].append(numbers)
             write_json(a.file, out)
