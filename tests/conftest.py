@@ -15,10 +15,15 @@ seconds = {}  # notebook -> seconds, gathered from the reports of all processes
 def root(): return ROOT
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True) # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
     "Notebooks go to whichever process is free; the tests of another file stay together, for they share what they trained"
-    for item in items:
-        if item.path.name!='test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.name))
+    from xdist.scheduler import LoadScopeScheduling
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split('::')[0]
+            return nodeid if file.endswith('test_notebooks.py') else file
+    return ByFile(config, log)
 
 
 def pytest_runtest_logreport(report):
