@@ -8,7 +8,6 @@ __all__ = ['Reconstruction', 'decoder_for', 'reconstruct', 'reconstruction_error
 
 # %% ../../nbs/autoencoders/00_reconstruction.ipynb #098647da
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from ..core.encoders import create_encoder

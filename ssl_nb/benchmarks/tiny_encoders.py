@@ -8,15 +8,13 @@ __all__ = ['CROPS', 'TWICE', 'ENCODERS', 'VIEWS', 'ROWS', 'train', 'valid_scores
 # %% ../../nbs/benchmarks/02_tiny_encoders.ipynb #cacf57d8
 import argparse, time
 import torch
-from ..app.runner import machine
+from ..app.runner import machine, part_scores
 from ..core.common import write_json
 from ..core.encoders import create_encoder
 from ..core.learner import seed_everything, ssl_learner
-from ..core.measures import encode
 from ..core.method import get_method
 from ..core.views import image_views
 from ..data.embedded import MNIST_VIEWS, mnist_dls
-from ..evaluate.report import few_label_accuracy, raw_features
 
 # %% ../../nbs/benchmarks/02_tiny_encoders.ipynb #6375b890
 CROPS = dict(scale=(0.3,1.), flip=0., brightness=0.4, contrast=0.4)
@@ -26,6 +24,8 @@ ENCODERS = {'small_cnn': {}, 'small_cnn, no last norm': dict(norm=False),
             'small_cnn, three stages': dict(channels=(32,64,128)),
             'small_cnn, 4x4 patches': dict(channels=(64,128,256), stem_stride=4),
             'small_resnet': {}, 'small_vit': {}}
+
+# %% ../../nbs/benchmarks/02_tiny_encoders.ipynb #b000000e
 VIEWS = {'crops from 0.3': CROPS, 'crops from 0.3, blur': CROPS | dict(blur=0.5),
          'crops from 0.6, blur': CROPS | dict(scale=(0.6,1.), blur=0.5),
          'affine, no blur': MNIST_VIEWS | dict(blur=0.),
@@ -57,12 +57,9 @@ def train(
 def valid_scores(
     encoder, # None for the raw input
     dls # From `mnist_dls`
-)->dict: # k-NN and probe at 1 and 10 labels per class, in percent
-    "Accuracies on the validation images"
-    parts = dls.train.new(shuffle=False, drop_last=False),dls.valid
-    seen = [raw_features(dl, dls.info) if encoder is None else encode(encoder, dl) for dl in parts]
-    acc = few_label_accuracy(*seen[0], *seen[1], labels=(1,10), draws=20)
-    return {f'{m} {n}': float(mean) for (m,n),(mean,_) in acc.items()}
+)->dict: # In percent
+    "k-NN and probe with 1 and 10 labels per class on the validation images"
+    return part_scores(encoder, dls, 'valid', labels=(1,10), draws=20)
 
 # %% ../../nbs/benchmarks/02_tiny_encoders.ipynb #17482a27
 def run_row(

@@ -6,7 +6,6 @@
 __all__ = ['ctr', 'frozen_patches', 'MoCoV3']
 
 # %% ../../nbs/contrastive/04_moco_v3.ipynb #34a1a446
-import torch
 from torch import nn
 from fastcore.basics import patch
 from ..core.heads import cosine_momentum, ema_copy, ema_update, mlp

@@ -177,13 +177,13 @@ def check_method(
     lr:float=1e-3 # Learning rate of the ten steps
 ):
     "Raise `AssertionError`, with the reason, if `method` does not keep the contract"
-    method,(*x,y) = copy.deepcopy(method).train(),batch
+    method,x = copy.deepcopy(method).train(),batch[0]
     events = [o for o in vars(event) if not o.startswith('_')]
     shadow = [o for o in events if hasattr(method, o)]
     if shadow: _fail(method, f'the attribute {shadow[0]} has the name of a fastai event '
                              'and would be called by every callback')
-    h = method.encoder(x[0])
-    should = len(x[0]),method.encoder.num_features
+    h = method.encoder(x)
+    should = len(x),method.encoder.num_features
     if h.shape != should: _fail(method, f'encoder output is {tuple(h.shape)}, should be {should}')
     inputs,targets = _check_pretext(method, asked(method, batch))
     _check_gradients(method, inputs, targets)

@@ -13,7 +13,7 @@ import numpy as np, torch
 from fastai.data.core import DataLoaders
 from sklearn.datasets import load_sample_image
 from sklearn.model_selection import train_test_split
-from ..core.loader import DataInfo, array_dls, channel_stats, make_dls
+from ..core.loader import DataInfo, channel_stats, make_dls
 
 # %% ../../nbs/data/02_embedded.ipynb #2b6cef7a
 @lru_cache

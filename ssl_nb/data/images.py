@@ -25,7 +25,7 @@ from ..core.loader import (DataInfo, Kind, ResidentDL, channel_stats, digits_dls
                                 to_unit)
 from ..core.views import image_views
 from .embedded import mnist_dls, photos_dls
-from .files import (fits, label_ids, list_files, listing, read_table, share_of, spaced,
+from .files import (fits, label_ids, listing, read_table, share_of, spaced,
                                table_kind, three_parts, warn_skipped, TABLES)
 from .scenes import scenes_dls
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'PAD', 'UNK', 'CLS', 'SEP', 'MASK', 'train_tokenizer', 'encode', 'decode', 'bag_of_words', 'drop_copies',
-           'stdlib_docs', 'read_texts', 'text_dls', 'get_tokenizer', 'pydoc_dls', 'Text', 'kept_tokenizer']
+           'stdlib_docs', 'read_texts', 'text_dls', 'get_tokenizer', 'pydoc_dls', 'Text', 'kept_tokenizer',
+           'keep_tokenizer']
 
 # %% ../../nbs/data/05_text.ipynb #c0fe6418
 import ast, os, sys, sysconfig, warnings
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)
+from ..core.common import whole_file
 from ..core.encoders import text_encoder
 from ..core.loader import DataInfo, Kind, ResidentDL, make_dls
 from ..core.views import TokenViews
@@ -333,9 +335,17 @@ def kept_tokenizer(
     file = Path(folder or '')/'tokenizer.json'
     return file if folder and file.exists() else None
 
-@patch(cls_method=True)
-def keep(cls:Text, dls, folder): dls.tokenizer.save(str(Path(folder)/'tokenizer.json'))
+def keep_tokenizer(
+    dls, # DataLoaders with a `tokenizer`
+    folder # Of a run
+):
+    "Save the tokenizer for `kept_tokenizer`"
+    with whole_file(Path(folder)/'tokenizer.json') as file: dls.tokenizer.save(str(file))
 
+@patch(cls_method=True)
+def keep(cls:Text, dls, folder): keep_tokenizer(dls, folder)
+
+# %% ../../nbs/data/05_text.ipynb #b000004f
 @patch(cls_method=True)
 def files(cls:Text, path, info, bs=256, device=None, kept=None):
     df = read_texts(path)

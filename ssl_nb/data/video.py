@@ -11,7 +11,7 @@ import re, warnings
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from fastai.data.core import DataLoaders
 from sklearn.datasets import load_digits
 from ..core.encoders import video_encoder

@@ -9,8 +9,7 @@ __all__ = ['PANELS', 'show_image', 'show_rows', 'show_pretext', 'plot_training',
 # %% ../../nbs/evaluate/02_plot.ipynb #1d27d25d
 import inspect, re, textwrap
 import matplotlib.pyplot as plt
-import numpy as np, torch
-import torch.nn.functional as F
+import torch
 from sklearn.manifold import TSNE
 from ..core.common import did_you_mean
 from ..core.loader import get_kind

@@ -7,7 +7,7 @@ __all__ = ['draw_labels', 'linear_probe', 'few_label_accuracy', 'raw_features', 
            'train_supervised', 'label_free', 'Report', 'report']
 
 # %% ../../nbs/evaluate/01_report.ipynb #95c263d3
-import copy, json, warnings
+import copy, warnings
 from dataclasses import dataclass
 from functools import partial
 import numpy as np, pandas as pd, torch
@@ -20,8 +20,7 @@ from fastai.optimizer import OptimWrapper
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from ..core.learner import (EpochSeed, decay_groups, fit_one_cycle, precision_cbs,
-                                 seed_everything)
+from ..core.learner import EpochSeed, decay_groups, precision_cbs, seed_everything
 from ..core.loader import ResidentDL, finish_dls, get_kind, one_label
 from ..core.measures import alignment, encode, feature_std, knn_predict, rankme, uniformity
 from ..core.views import default_views

@@ -6,7 +6,6 @@
 __all__ = ['directions', 'neighbour_pairs', 'relative_patch_loss', 'RelativePatch']
 
 # %% ../../nbs/pretext/03_relative_patch.ipynb #b2faefc8
-import itertools
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
