@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageEncoder', 'vit_features', 'small_stem', 'small_resnet', 'small_vit', 'SmallCNN', 'small_cnn', 'patch_size',
            'image_encoder', 'create_encoder', 'map_channels', 'feature_map', 'TextTransformer', 'text_encoder',
-           'ConvGRU', 'VideoEncoder', 'video_encoder', 'save_encoder', 'load_encoder']
+           'ConvGRU', 'VideoEncoder', 'video_encoder', 'save_encoder', 'load_encoder', 'fresh_encoder']
 
 # %% ../../nbs/core/05_encoders.ipynb #4f77a1aa
 import copy, importlib, json
@@ -411,3 +411,61 @@ def load_encoder(
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     mean,std = [list(model.pretrained_cfg[k]) for k in ('mean','std')]
     return ImageEncoder(model, mean, std).eval()
+
+# %% ../../nbs/core/05_encoders.ipynb #fa46c835
+def _timm_built(model):
+    "Was this made by `timm.create_model`?"
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    return hasattr(model, '_model_args') and timm.is_model(str(cfg.get('architecture')))
+
+def _built_anew(module):
+    "A module built from its own configuration, with new weights; None where it has none"
+    if isinstance(getattr(module, 'args', None), dict): return type(module)(**module.args)
+    if isinstance(module, ImageEncoder) and _timm_built(module.model):
+        return type(module)(_built_anew(module.model), *_norms(module))
+    if not _timm_built(module): return None
+    new = timm.create_model(module.pretrained_cfg['architecture'], **module._model_args)
+    new.pretrained_cfg = copy.deepcopy(module.pretrained_cfg)
+    return new
+
+def _norms(encoder): return encoder.mean.flatten().tolist(),encoder.std.flatten().tolist()
+
+# %% ../../nbs/core/05_encoders.ipynb #20355b4d
+def _redraw(module):
+    "Draw anew, in place: parts that have a configuration by that, then the rest"
+    for name,part in list(module.named_children()):
+        new = _built_anew(part)
+        if new is None: _redraw(part)
+        else: setattr(module, name, new)
+    for reset in ('reset_parameters', '_reset_parameters'): # the latter is nn.MultiheadAttention's
+        if hasattr(module, reset): getattr(module, reset)()
+
+# %% ../../nbs/core/05_encoders.ipynb #ab004efb
+@torch.no_grad()
+def fresh_encoder(
+    encoder, # Any encoder, or a module of your own
+    seed:int=0 # Of the new weights; the random numbers of the process stay as they are
+): # Architecture, device and mode are the encoder's; nothing that was trained
+    "The same network built anew, with random weights"
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        new = _built_anew(encoder)
+        if new is None:
+            new = copy.deepcopy(encoder)
+            for q in new.parameters(): q.fill_(float('nan')) # what is not drawn anew will show it
+            _redraw(new)
+    _check_fresh(new, encoder)
+    p = next(encoder.parameters(), torch.empty(0))
+    return new.to(p.device, p.dtype).train(encoder.training)
+
+# %% ../../nbs/core/05_encoders.ipynb #7d74e8c4
+def _check_fresh(new, old):
+    "`ValueError` unless the new network has the shapes of the old one, and no weight of it"
+    name,how = type(old).__name__,('; keep the keyword arguments of its class in `self.args`, '
+                                   'and it is built from them')
+    kept = [k for k,p in new.named_parameters() if p.isnan().any()]
+    if kept: raise ValueError(f'{name} cannot be built anew: no `reset_parameters` draws {kept[0]}'+how)
+    a,b = [{k: tuple(v.shape) for k,v in m.state_dict().items()} for m in (new, old)]
+    odd = next((k for k in [*b, *a] if a.get(k)!=b.get(k)), None)
+    if odd: raise ValueError(f'{name} was changed after it was built: {odd} is {b.get(odd)}, '
+                             f'its configuration makes it {a.get(odd)}')
