@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PACKS', 'TABLES', 'ending', 'list_files', 'share_of', 'Listing', 'from_folders', 'folder_listing',
-           'table_kind', 'read_table', 'split_names', 'label_columns', 'table_listing', 'listing', 'class_ids',
-           'label_ids', 'spaced', 'three_parts', 'warn_skipped', 'free_memory', 'fits']
+           'text_encoding', 'table_kind', 'read_table', 'split_names', 'label_columns', 'table_listing', 'listing',
+           'class_ids', 'label_ids', 'spaced', 'three_parts', 'warn_skipped', 'free_memory', 'fits']
 
 # %% ../../nbs/data/01_files.ipynb #c6023fc5
-import os, warnings
+import codecs, os, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +130,17 @@ def folder_listing(
     files = list_files(path, endings, what, common)
     split,label = from_folders(path, files)
     return Listing(Path(path), files, split, {'class': label})
+
+# %% ../../nbs/data/01_files.ipynb #b0a3e5d2
+_marks = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF32_LE: 'utf-32', # before UTF-16, whose mark
+          codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF16_LE: 'utf-16', # begins like this one
+          codecs.BOM_UTF16_BE: 'utf-16'}
+
+def text_encoding(
+    head:bytes # The first four bytes of a file, or more
+)->str: # 'utf-8-sig', 'utf-16', 'utf-32', or 'utf-8' where nothing is said
+    "The encoding that a byte-order mark names; the mark is no part of the text that it decodes to"
+    return next((name for mark,name in _marks.items() if head.startswith(mark)), 'utf-8')
 
 # %% ../../nbs/data/01_files.ipynb #f9ab574b
 PACKS = {'.gz','.xz','.bz2','.zip','.zst'}
