@@ -8,20 +8,21 @@ __all__ = ['squared_error', 'pca', 'pca_reconstruct', 'Autoencoder', 'keep_large
 # %% ../../nbs/autoencoders/01_autoencoder.ipynb #d4193149
 import torch
 from fastcore.basics import patch
+from ..core.heads import check_inputs, in_full_precision
 from .reconstruction import Reconstruction
 
 # %% ../../nbs/autoencoders/01_autoencoder.ipynb #2c529a70
+@in_full_precision
 def squared_error(
     pred, # (B,C,H,W) reconstructions, or any other shape
     target # The same shape: the images
 ): # Scalar, a mean over pixels and images
     "Mean squared error per pixel"
-    if pred.shape!=target.shape:
-        raise ValueError(f'pred is {tuple(pred.shape)} and target is {tuple(target.shape)}; '
-                         'the decoder must reconstruct images of the size of its input')
-    return (pred.float()-target.float()).pow(2).mean()
+    check_inputs(pred=pred, target=target)
+    return (pred-target).pow(2).mean()
 
 # %% ../../nbs/autoencoders/01_autoencoder.ipynb #a0dffaa5
+@in_full_precision
 def pca(
     x, # (N,D) images as vectors, N > 1
     k:int # Length of the code, 0 to D
@@ -57,12 +58,13 @@ def keep_largest(
     values,places = z.topk(k, dim=1)
     return torch.zeros_like(z).scatter(1, places, values)
 
+@in_full_precision
 def kl_sparsity(
     h, # (B,D) activations between 0 and 1
     rho:float=0.05 # The rate at which a unit should be on, 0 to 1
 ): # Scalar, a sum over units: 0 where every unit is on at that rate
     "Divergence of the units' mean activations from `rho` (Ng 2011)"
-    mean = h.float().mean(0).clamp(1e-6, 1-1e-6)
+    mean = h.mean(0).clamp(1e-6, 1-1e-6)
     return (rho*(rho/mean).log() + (1-rho)*((1-rho)/(1-mean)).log()).sum()
 
 # %% ../../nbs/autoencoders/01_autoencoder.ipynb #6837684e

@@ -10,24 +10,26 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..core.heads import Decoder, decoder_steps, reverse_gradient
+from ..core.heads import Decoder, decoder_steps, in_full_precision, reverse_gradient
 from ..core.method import Method, check_modality
 
 # %% ../../nbs/autoencoders/07_bigan.ipynb #3d0c32d0
+@in_full_precision
 def bigan_loss(
     real, # (B,) scores of pairs (x, E(x)), before the sigmoid
     fake # (B,) scores of pairs (G(z), z)
 ): # Scalar; log 4 = 1.386 for a discriminator that guesses, 0 for one that is always right
-    "Minus the value of the game: the discriminator's loss (Donahue et al. 2017, sec. 3)"
-    return F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()
+    "Minus the value of the game: the discriminator's loss (Donahue et al. 2017, eq. 2, 3)"
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 # %% ../../nbs/autoencoders/07_bigan.ipynb #a69a1fd7
+@in_full_precision
 def rebalance(
     real, # (B,) scores of pairs (x, E(x))
     fake # (B,) scores of pairs (G(z), z)
 ): # (2B,): exp(score) for the codes E(x), then exp(-score) for the images G(z)
-    "What turns the reversed gradients of eq. 1 into those of the game with swapped labels"
-    return torch.exp(torch.cat([real, -fake]).detach().float().clamp(max=30))
+    "What turns the reversed gradients of the game into those of the game with swapped labels"
+    return torch.exp(torch.cat([real, -fake]).detach().clamp(max=30))
 
 # %% ../../nbs/autoencoders/07_bigan.ipynb #deb71d80
 class PairDiscriminator(nn.Module):

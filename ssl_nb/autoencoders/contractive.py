@@ -10,9 +10,11 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from ..core.heads import full_precision, in_full_precision
 from .reconstruction import Reconstruction
 
 # %% ../../nbs/autoencoders/03_contractive.ipynb #c0732839
+@in_full_precision
 def sigmoid_penalty(
     h, # (B,K) units of one layer, h = sigmoid(W x + b)
     W # (K,D) its weights
@@ -32,7 +34,7 @@ def jacobian_norm(
         raise ValueError(f'v must be (B,P,K) = ({len(z)},P,{z.shape[1]}), got {tuple(v.shape)}')
     grad = lambda p: torch.autograd.grad(z, x, p.to(z.dtype), create_graph=create_graph,
                                          retain_graph=True)[0]
-    squares = [grad(p).float().flatten(1).pow(2).sum(1) for p in v.unbind(1)]
+    squares = [full_precision(grad(p)).flatten(1).pow(2).sum(1) for p in v.unbind(1)]
     return torch.stack(squares).mean(0)
 
 def probes(
@@ -78,8 +80,9 @@ def forward(self:ContractiveAutoencoder, x, v):
     return self.decode(z),penalty
 @patch
 def loss(self:ContractiveAutoencoder, pred, target):
-    error = (pred[0].float()-target.float()).pow(2).flatten(1).sum(1).mean()
-    return error + self.weight*pred[1].mean()
+    pred,penalty = full_precision(*pred)
+    error = (pred-target).pow(2).flatten(1).sum(1).mean()
+    return error + self.weight*penalty.mean()
 @patch
 def metrics(self:ContractiveAutoencoder, pred, target):
     return dict(mse=(pred[0]-target).pow(2).mean(), penalty=pred[1].mean())

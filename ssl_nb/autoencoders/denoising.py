@@ -8,6 +8,7 @@ __all__ = ['noises', 'mask_noise', 'gaussian_noise', 'salt_and_pepper', 'denoisi
 # %% ../../nbs/autoencoders/02_denoising.ipynb #eda7cdb0
 import torch
 from fastcore.basics import patch
+from ..core.heads import check_inputs, in_full_precision
 from .reconstruction import Reconstruction
 
 # %% ../../nbs/autoencoders/02_denoising.ipynb #8597590e
@@ -37,6 +38,7 @@ def salt_and_pepper(
 noises = dict(mask=mask_noise, gaussian=gaussian_noise, salt_and_pepper=salt_and_pepper)
 
 # %% ../../nbs/autoencoders/02_denoising.ipynb #1dc18cb7
+@in_full_precision
 def denoising_loss(
     pred, # (B,C,H,W) reconstructions
     target, # (B,C,H,W) clean images
@@ -45,10 +47,9 @@ def denoising_loss(
     beta:float=1. # Weight of the others
 ): # Scalar, a mean over all numbers of all images
     "Squared error with emphasis on what was damaged (Vincent et al. 2010)"
-    if pred.shape!=target.shape:
-        raise ValueError(f'pred is {tuple(pred.shape)} and target is {tuple(target.shape)}; '
-                         'the decoder must reconstruct images of the size of its input')
-    return ((pred.float()-target.float()).pow(2)*torch.where(hit, alpha, beta)).mean()
+    check_inputs(pred=pred, target=target, hit=hit)
+    error = (pred-target).pow(2)
+    return torch.where(hit, alpha*error, beta*error).mean()
 
 # %% ../../nbs/autoencoders/02_denoising.ipynb #a6543229
 class DenoisingAutoencoder(Reconstruction):

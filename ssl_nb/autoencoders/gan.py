@@ -11,23 +11,25 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from torch.func import functional_call
-from ..core.heads import Decoder, reverse_gradient
+from ..core.heads import Decoder, in_full_precision, reverse_gradient
 from ..core.method import Method, check_modality
 
 # %% ../../nbs/autoencoders/06_gan.ipynb #cf513207
+@in_full_precision
 def gan_loss(
     real, # (B,) scores of real images, before the sigmoid
     fake # (B,) scores of generated images
 ): # Scalar; log 4 = 1.386 for a discriminator that guesses, 0 for one that is always right
     "Minus the value of the game: the discriminator's loss (Goodfellow et al. 2014, eq. 1)"
-    return F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 # %% ../../nbs/autoencoders/06_gan.ipynb #730539ee
+@in_full_precision
 def generator_loss(
     fake # (B,) scores of generated images
 ): # Scalar; log 2 = 0.693 where the discriminator guesses
     "The non-saturating loss of the generator, mean -log D (Goodfellow et al. 2014, sec. 3)"
-    return F.softplus(-fake.float()).mean()
+    return F.softplus(-fake).mean()
 
 # %% ../../nbs/autoencoders/06_gan.ipynb #9586eaf1
 def held_still(

@@ -113,7 +113,7 @@ def frechet(
     real, fake # (N,C,H,W) images; values are clipped to [0,1]
 )->float:
     "Fréchet distance between two sets of images on the network's features"
-    features = [network(x.clamp(0, 1)).float() for x in (real, fake)]
+    features = [network(x.clamp(0, 1)) for x in (real, fake)]
     return frechet_distance(*features).item()
 
 # %% ../../nbs/autoencoders/00_reconstruction.ipynb #6c1c2afe

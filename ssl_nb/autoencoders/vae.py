@@ -10,16 +10,17 @@ import math
 import torch
 from torch import nn
 from fastcore.basics import patch
+from ..core.heads import check_inputs, in_full_precision
 from .reconstruction import Reconstruction
 
 # %% ../../nbs/autoencoders/04_vae.ipynb #2cc04d66
+@in_full_precision
 def kl_normal(
     mu, # (B,D) means
     logvar # (B,D) logarithms of the variances
 ): # Scalar, in nats: summed over the D dimensions, mean over the batch
     "KL divergence of N(mu, exp(logvar)) from N(0, I) (Kingma and Welling 2014, appendix B)"
-    if mu.shape != logvar.shape: raise ValueError(
-        f'mu and logvar must have the same shape, got {tuple(mu.shape)} and {tuple(logvar.shape)}')
+    check_inputs(mu=mu, logvar=logvar)
     return 0.5*(mu.pow(2) + logvar.exp() - 1 - logvar).sum(-1).mean()
 
 def reparameterize(
@@ -30,17 +31,18 @@ def reparameterize(
     return mu + (0.5*logvar).exp()*eps
 
 # %% ../../nbs/autoencoders/04_vae.ipynb #b17e6e6f
+@in_full_precision
 def normal_log_likelihood(
     x, pred, # Images (B,...) and their reconstructions
     sigma # Standard deviation of every pixel, in units of brightness: a number, or a scalar tensor
 ): # Scalar, in nats: summed over pixels, mean over the batch
     "Log density of images under N(pred, sigma^2 I)"
-    if x.shape != pred.shape: raise ValueError(
-        f'x and pred must have the same shape, got {tuple(x.shape)} and {tuple(pred.shape)}')
+    check_inputs(x=x, pred=pred, sigma=sigma)
     log = torch.log if torch.is_tensor(sigma) else math.log
     per_pixel = -0.5*((x-pred)/sigma).pow(2) - log(sigma) - 0.5*math.log(2*math.pi)
     return per_pixel.flatten(1).sum(1).mean()
 
+@in_full_precision
 def elbo(
     x, # Images (B,...)
     pred, # (B,...) reconstructions from codes drawn from N(mu, exp(logvar))

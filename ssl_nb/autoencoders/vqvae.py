@@ -9,18 +9,20 @@ __all__ = ['assign', 'straight_through', 'vq_loss', 'ema_codes', 'count', 'perpl
 import torch
 from fastcore.basics import patch
 from torch import nn
+from ..core.heads import check_inputs, in_full_precision
 from .reconstruction import Reconstruction
 
 # %% ../../nbs/autoencoders/05_vqvae.ipynb #e8619f58
+@in_full_precision
 def assign(
     z, # (...,D) outputs of the encoder
     codebook # (K,D) codes
 ): # (...) index of the nearest code
     "Which code is nearest? (van den Oord et al. 2017, eq. 1)"
-    if z.shape[-1] != codebook.shape[1]:
-        raise ValueError('z and codebook must have vectors of the same length, '
-                         f'got {z.shape[-1]} and {codebook.shape[1]}')
-    distances = torch.cdist(z.float().flatten(0,-2), codebook.float())
+    check_inputs(z=z.shape[-1:], codebook=codebook.shape[1:])
+    # as differences: by products, a distance far from the origin is lost in rounding
+    distances = torch.cdist(z.flatten(0,-2), codebook,
+                            compute_mode='donot_use_mm_for_euclid_dist')
     return distances.argmin(1).view(z.shape[:-1])
 
 # %% ../../nbs/autoencoders/05_vqvae.ipynb #a60adbbf
@@ -32,6 +34,7 @@ def straight_through(
     return z + (q-z).detach()
 
 # %% ../../nbs/autoencoders/05_vqvae.ipynb #d6c820e1
+@in_full_precision
 def vq_loss(
     x, pred, # (B,C,H,W) images, and their reconstructions from the codes
     z, q, # (B,S,D) outputs of the encoder, and the codes they were rounded to
@@ -39,9 +42,8 @@ def vq_loss(
     codes=1. # Factor of the second term; 0 where a running mean moves the codes
 ): # Scalar
     "Reconstruction, codebook and commitment losses (van den Oord et al. 2017, eq. 3)"
-    if x.shape != pred.shape:
-        raise ValueError('x and pred must have the same shape, '
-                         f'got {tuple(x.shape)} and {tuple(pred.shape)}')
+    check_inputs(x=x, pred=pred)
+    check_inputs(z=z, q=q)
     reconstruction = (x-pred).pow(2).flatten(1).sum(1).mean()
     codebook = (z.detach()-q).pow(2).sum(-1).mean()
     commitment = (z-q.detach()).pow(2).sum(-1).mean()

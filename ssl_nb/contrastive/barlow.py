@@ -8,22 +8,24 @@ __all__ = ['cross_correlation', 'barlow_loss', 'BarlowTwins']
 # %% ../../nbs/contrastive/11_barlow.ipynb #8f8b619f
 import torch
 import torch.nn.functional as F
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/11_barlow.ipynb #917f7886
 def _standardise(z):
-    "Mean 0 and variance 1 over the batch, in float32 at least"
-    return F.batch_norm(full_precision(z), None, None, training=True, eps=1e-5)
+    "Mean 0 and variance 1 over the batch"
+    return F.batch_norm(z, None, None, training=True, eps=1e-5)
 
+@in_full_precision
 def cross_correlation(
     z1, # (N,D) outputs for the first views, not normalised
     z2 # (N,D) outputs for the second views
 ): # (D,D)
     "How each feature of the first views goes with each of the second (Zbontar et al. 2021, eq. 2)"
-    with torch.autocast(z1.device.type, enabled=False): # 16 bits: too few for a sum over samples
-        return _standardise(z1).T @ _standardise(z2)/len(z1)
+    check_inputs(z1=z1, z2=z2)
+    return _standardise(z1).T @ _standardise(z2)/len(z1)
 
+@in_full_precision
 def barlow_loss(
     z1, # (N,D) outputs for the first views, not normalised
     z2, # (N,D) outputs for the second views

@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..core.heads import cosine_momentum, ema_copy, ema_update, full_precision, mlp
+from ..core.heads import (check_inputs, cosine_momentum, ema_copy, ema_update,
+                               in_full_precision, mlp)
 from .infonce import positive_accuracy
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/09_byol.ipynb #781f66c6
+@in_full_precision
 def byol_loss(
     p, # (N,D) predictions, not normalised
     z, # (N,D) the target's projections, not normalised; pass them without gradient
 ): # Scalar from 0 to 4
     "Squared distance of prediction and target on the sphere: 2 - 2 cos (Grill et al. 2020, eq. 2)"
-    return 2 - 2*F.cosine_similarity(*full_precision(p, z), dim=1).mean()
+    check_inputs(p=p, z=z)
+    return 2 - 2*F.cosine_similarity(p, z, dim=1).mean()
 
 # %% ../../nbs/contrastive/09_byol.ipynb #58c79b41
 class BYOL(JointEmbedding):

@@ -13,24 +13,28 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from ..core.encoders import create_encoder
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from ..core.method import Method
 from ..data.text import decode, encode
 from .infonce import log_sum_exp, positive_accuracy
 
 # %% ../../nbs/contrastive/18_clip.ipynb #4a17e23b
-def _unit(z): return F.normalize(full_precision(z), dim=1)
+@in_full_precision
+def _unit(z): return F.normalize(z, dim=1)
 
+@in_full_precision
 def clip_loss(
     img, # (N,D) images, not normalised
     txt, # (N,D) texts; txt[i] belongs to img[i]
     scale=1/0.07 # 1/temperature, a number or scalar tensor; the start in Radford et al., sec. 2.5
 ): # Scalar
     "InfoNCE from images to texts and from texts to images (Radford et al. 2021, fig. 3)"
+    check_inputs(img=img, txt=txt, scale=scale)
     q,k = scale*_unit(img),_unit(txt)
     return ((log_sum_exp(q, k, 1.) + log_sum_exp(k, q, 1.))/2 - (q*k).sum(1)).mean()
 
 # %% ../../nbs/contrastive/18_clip.ipynb #e80d3b49
+@in_full_precision
 def siglip_loss(
     img, # (N,D) images, not normalised
     txt, # (N,D) texts; txt[i] belongs to img[i]
@@ -38,9 +42,9 @@ def siglip_loss(
     bias=-10. # Intercept b; likewise
 ): # Scalar; the sum over all pairs, divided by N
     "Is it a pair? Yes or no, for each of the N*N combinations (Zhai et al. 2023, algorithm 1)"
+    check_inputs(img=img, txt=txt, scale=scale)
     img,txt = _unit(img),_unit(txt)
-    with torch.autocast(img.device.type, enabled=False): # scores in full precision
-        logits = scale*img @ txt.T + bias
+    logits = scale*img @ txt.T + bias
     return (F.softplus(logits).sum() - logits.diagonal().sum())/len(img)
 
 # %% ../../nbs/contrastive/18_clip.ipynb #169a856f

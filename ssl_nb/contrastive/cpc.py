@@ -12,7 +12,7 @@ from torch import nn
 from fastcore.basics import patch
 from ..core.method import check_modality
 from ..core.views import image_views
-from ..core.heads import full_precision
+from ..core.heads import check_inputs, in_full_precision
 from .infonce import log_sum_exp
 from .joint_embedding import JointEmbedding
 
@@ -35,24 +35,26 @@ class PredictAhead(nn.Module):
 # %% ../../nbs/contrastive/08_cpc.ipynb #c18c458c
 def _pairs(z, p, first):
     "For each distance: predictions (N,D), and the places (N,) in the batch of their targets"
+    check_inputs(z=z, p=p.shape[:2]+p.shape[3:])
     (B,T),K = z.shape[:2],p.shape[2]
     if not first <= K < T: raise ValueError(f'{T} steps are too few to predict {K} ahead')
     place = torch.arange(B*T, device=z.device).view(B, T)
     return [(p[:,:-k,k-1].flatten(0,1), place[:,k:].flatten()) for k in range(first, K+1)]
 
+@in_full_precision
 def cpc_loss(
     z, # (B,T,D) latents of B sequences
     p, # (B,T,K,D) predictions; p[:,t,k-1] is meant for z[:,t+k]
     first:int=1 # Smallest distance that counts
 ): # Scalar: mean over sequences, steps and distances
     "Find the predicted latent among all latents of the batch (van den Oord et al. 2018, eq. 4)"
-    z,p = full_precision(z, p)
     keys = z.flatten(0,1) # (BT,D)
     losses = [log_sum_exp(q, keys, 1.) - (q*keys[own]).sum(1) for q,own in _pairs(z, p, first)]
     return torch.stack([l.mean() for l in losses]).mean()
 
 # %% ../../nbs/contrastive/08_cpc.ipynb #6e08c561
 @torch.no_grad()
+@in_full_precision
 def ahead_accuracy(
     z, # (B,T,D) latents
     p, # (B,T,K,D) predictions
@@ -73,6 +75,7 @@ def patches(
     return x.unfold(2, side, stride).unfold(3, side, stride).permute(0,3,2,1,4,5)
 
 # %% ../../nbs/contrastive/08_cpc.ipynb #aed40414
+@in_full_precision
 def _agree(z, p, first=1):
     "One minus the cosine of prediction and latent: no negatives; only to show what they are for"
     keys = z.flatten(0,1)
@@ -96,7 +99,7 @@ class CPC(JointEmbedding):
         negatives:bool=True # Compare with negatives? Else raise the cosine with the right one only
     ):
         super().__init__(encoder, views)
-        self.patch,self.stride = patch,stride or patch//2
+        self.patch,self.stride = patch,stride or max(1, patch//2)
         self.first,self.negatives,n = first,negatives,encoder.num_features
         self.latent,self.read = nn.Linear(n, dim),nn.GRU(n, hidden or n, batch_first=True)
         self.ahead = PredictAhead(hidden or n, dim, steps)
@@ -125,7 +128,9 @@ def for_data(cls:CPC, encoder, dls, **kwargs):
     except ValueError as e: raise ValueError(f'{e}; else use PredictAhead and cpc_loss')
     patch,stride = (size*3//4, size//4) if size<16 else (size//4, size//8)
     args = dict(patch=patch, stride=stride) | kwargs
-    rows = (size-args['patch'])//args['stride'] + 1
+    rows = (size-args['patch'])//max(1, args['stride']) + 1
+    if rows<2 or args['stride']<1: raise ValueError('CPC reads rows of patches from the top down; '
+        f'images of {size} px have not two rows of {args["patch"]} px; it takes 4 px or more')
     side = size if hasattr(getattr(encoder, 'model', None), 'patch_embed') else args['patch']
     views = image_views(side, **info.views)
     return cls(encoder, **dict(views=views, steps=min(5, rows-1)) | args)

@@ -8,11 +8,12 @@ __all__ = ['dcl_loss', 'pair_weights', 'DCL']
 # %% ../../nbs/contrastive/05_dcl.ipynb #905e72dd
 import torch
 import torch.nn.functional as F
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .infonce import log_sum_exp, positive_accuracy
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/05_dcl.ipynb #a8cb210b
+@in_full_precision
 def dcl_loss(
     z1, # (N,D) projections of the first views, not normalised
     z2, # (N,D) projections of the second views
@@ -20,18 +21,21 @@ def dcl_loss(
     sigma:float=None # Of DCLW's weights, 0.5 in the paper; None for DCL: all pairs weigh the same
 ): # Scalar
     "Decoupled contrastive loss: no positive in the denominator (Yeh et al. 2022, eq. 6)"
-    z = F.normalize(torch.cat(full_precision(z1, z2)), dim=1) # (2N,D)
+    check_inputs(z1=z1, z2=z2, temp=temp, sigma=1 if sigma is None else sigma)
+    z = F.normalize(torch.cat([z1, z2]), dim=1) # (2N,D)
     own = torch.arange(len(z), device=z.device)
     positive = own.roll(len(z1))
     pair = (z*z[positive]).sum(1)
     w = 1 if sigma is None else pair_weights(pair, sigma)
     return (log_sum_exp(z, z, temp, skip=torch.stack([own, positive], 1)) - w*pair/temp).mean()
 
+@in_full_precision
 def pair_weights(
     pair, # (N,) cosines of the pairs
     sigma:float=0.5 # The smaller, the more do the pairs differ in weight
 ): # (N,) weights with mean 1, without gradient
     "Less weight for pairs that agree already (Yeh et al. 2022, DCLW)"
+    check_inputs(sigma=sigma)
     return 2 - len(pair)*(pair.detach()/sigma).softmax(0)
 
 # %% ../../nbs/contrastive/05_dcl.ipynb #af974c81

@@ -11,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/15_deepcluster.ipynb #54f86980
+@in_full_precision
 def unit(
     z # (N,D)
 ): # (N,D), at least in single precision
     "Vectors of length 1"
-    return F.normalize(full_precision(z), dim=1)
+    return F.normalize(z, dim=1)
 
 @torch.no_grad()
+@in_full_precision
 def spherical_kmeans(
     z, # (N,D) vectors
     start, # (K,D) centroids to begin with
@@ -37,6 +39,7 @@ def spherical_kmeans(
     return c
 
 # %% ../../nbs/contrastive/15_deepcluster.ipynb #69c47bfb
+@in_full_precision
 def deepcluster_loss(
     z, # (N,D) projections, not normalised
     y, # (N,) their clusters
@@ -44,9 +47,8 @@ def deepcluster_loss(
     temp:float=0.1 # Temperature (the authors' default)
 ): # Scalar
     "Cross-entropy with the centroids as classifier (DeepCluster-v2, Caron et al. 2020)"
-    with torch.autocast(z.device.type, enabled=False):
-        z = unit(z)
-        return F.cross_entropy(z @ unit(centroids).to(z.dtype).T/temp, y)
+    check_inputs(z=z.shape[1:], centroids=centroids.shape[1:], temp=temp)
+    return F.cross_entropy(unit(z) @ unit(centroids).T/temp, y)
 
 # %% ../../nbs/contrastive/15_deepcluster.ipynb #a8f7d1af
 class DeepCluster(JointEmbedding):

@@ -11,37 +11,43 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from ..core.heads import cosine_momentum, ema_copy, ema_update, full_precision, mlp
+from ..core.heads import (check_inputs, cosine_momentum, ema_copy, ema_update,
+                               full_precision, in_full_precision, mlp)
 from ..core.views import ImageViews, default_views
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/17_dino.ipynb #55aca79e
 def _stack(z):
-    "One tensor out of a list of crops, in single precision at least"
-    return full_precision(torch.stack(list(z)) if isinstance(z, (list,tuple)) else z)
+    "One tensor out of a list of crops"
+    return torch.stack(list(z)) if isinstance(z, (list,tuple)) else z
 
+@in_full_precision
 def teacher_probs(
     teacher, # (T,N,K) raw outputs
     center, # (K,) mean of the teacher's outputs so far
     temp:float=0.04 # Temperature of the teacher
 ): # (T,N,K), without gradient
     "The teacher's probabilities, centred and sharpened"
+    check_inputs(temp=temp)
     return ((_stack(teacher).detach() - center)/temp).softmax(-1)
 
+# %% ../../nbs/contrastive/17_dino.ipynb #5d1c0b02
+@in_full_precision
 def cross_entropy(
     p, # (T,N,K) probabilities of the teacher
     student, # (V,N,K) raw outputs; the first T crops are those of the teacher
     temp:float=0.1 # Temperature of the student
 ): # Scalar
     "The mean of H(P_t, P_s) over all pairs of different crops"
+    check_inputs(temp=temp)
     log_q = F.log_softmax(_stack(student)/temp, -1)
     if p.ndim==2: return -(p*log_q).sum(1).mean() # (N,K): one pair of crops
-    with torch.autocast(p.device.type, enabled=False):
-        pairs = -torch.einsum('tnk,vnk->tv', p, log_q)/p.shape[1]
+    pairs = -torch.einsum('tnk,vnk->tv', p, log_q)/p.shape[1]
     different = 1 - torch.eye(*pairs.shape, dtype=pairs.dtype, device=pairs.device)
     return (pairs*different).sum()/different.sum()
 
 # %% ../../nbs/contrastive/17_dino.ipynb #70081a20
+@in_full_precision
 def dino_loss(
     student, # (V,N,K) raw head outputs of V crops, or a list of (N,K); (N,K) for one crop
     teacher, # (T,N,K) of the first T of these crops; (N,K) for one crop, another than the student's
@@ -50,6 +56,7 @@ def dino_loss(
 ): # Scalar; no gradient reaches the teacher
     "Cross-entropy with the teacher over all pairs of different crops (Caron et al. 2021, eq. 3)"
     student,teacher = _stack(student),_stack(teacher)
+    check_inputs(student=student.shape[-2:], teacher=teacher.shape[-2:])
     if student.ndim != teacher.ndim or teacher.ndim==3 and not len(student) >= max(2, len(teacher)):
         raise ValueError('give both sides as (crops,N,K), at least two crops to the student and no '
                          'more to the teacher, or both as (N,K), '
@@ -67,15 +74,15 @@ class Directions(nn.Linear):
             return F.linear(z, F.normalize(self.weight, dim=1))
 
 # %% ../../nbs/contrastive/17_dino.ipynb #e096c51a
+@in_full_precision
 def koleo(
     z, # (N,D) features, not normalised
     eps:float=1e-8 # Added to differences and distances, as in the authors' code
 ): # Scalar
     "Push each sample away from its nearest neighbour in the batch (Oquab et al. 2023)"
-    with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(full_precision(z), dim=1, eps=eps)
-        near = (z.detach() @ z.detach().T).fill_diagonal_(-2).argmax(1)
-        return -(F.pairwise_distance(z, z[near], eps=eps) + eps).log().mean()
+    z = F.normalize(z, dim=1, eps=eps)
+    near = (z.detach() @ z.detach().T).fill_diagonal_(-2).argmax(1)
+    return -(F.pairwise_distance(z, z[near], eps=eps) + eps).log().mean()
 
 # %% ../../nbs/contrastive/17_dino.ipynb #c2831017
 def _dino_head(n, hidden, bottleneck, dim, norm):

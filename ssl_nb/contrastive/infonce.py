@@ -9,7 +9,7 @@ __all__ = ['log_sum_exp', 'info_nce', 'enqueue', 'FeatureQueue', 'positive_accur
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.heads import full_precision
+from ..core.heads import check_inputs, in_full_precision
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #5c7b096d
 def _score_blocks(q, keys, temp, skip, rows):
@@ -47,6 +47,7 @@ class _LogSumExp(torch.autograd.Function):
         return dq,dkeys,None,None,None
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #d64831b0
+@in_full_precision
 def log_sum_exp(
     q, # (N,D) queries, normalised
     keys, # (K,D) keys, normalised
@@ -55,12 +56,12 @@ def log_sum_exp(
     most:int=2**22 # Scores at once; more are computed block by block
 ): # (N,): log of the sum over all keys of exp(score/temp)
     "The logarithm of InfoNCE's denominator, in memory that does not grow with the batch squared"
+    check_inputs(q=q.shape[1:], keys=keys.shape[1:], temp=temp)
     if skip is not None and skip.ndim==1: skip = skip[:,None]
-    # scores in full precision: the temperature magnifies what they lose
-    with torch.autocast(q.device.type, enabled=False):
-        return _LogSumExp.apply(*full_precision(q, keys), temp, skip, max(1, most//len(keys)))
+    return _LogSumExp.apply(q, keys, temp, skip, max(1, most//len(keys)))
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #18ba9e56
+@in_full_precision
 def info_nce(
     q, # (N,D) queries, not normalised
     k, # (N,D) keys; k[i] is the positive of q[i]
@@ -68,10 +69,12 @@ def info_nce(
     temp:float=0.1 # Temperature; a usual choice, van den Oord et al. have none
 ): # Scalar
     "InfoNCE: each query finds its positive among the keys (van den Oord et al. 2018, eq. 4)"
-    q,k = [F.normalize(t, dim=1) for t in full_precision(q, k)]
+    check_inputs(q=q, k=k, temp=temp)
+    q,k = F.normalize(q, dim=1),F.normalize(k, dim=1)
     positive = (q*k).sum(1)/temp
     if queue is None: return (log_sum_exp(q, k, temp) - positive).mean()
-    negatives = log_sum_exp(q, F.normalize(full_precision(queue), dim=1), temp)
+    check_inputs(k=k.shape[1:], queue=queue.shape[1:])
+    negatives = log_sum_exp(q, F.normalize(queue, dim=1), temp)
     return (torch.logaddexp(positive, negatives) - positive).mean()
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #d74c3deb
@@ -82,6 +85,7 @@ def enqueue(
     keys # (N,D) new ones; if there are more than K, the last K count
 ): # Place of the one that is the oldest then
     "New vectors take the places of the oldest ones, round and round (He et al. 2020, sec. 3.2)"
+    check_inputs(queue=queue.shape[1:], keys=keys.shape[1:])
     keys = keys[-len(queue):].to(queue.dtype)
     places = (oldest + torch.arange(len(keys), device=queue.device)) % len(queue)
     queue[places] = keys
@@ -95,16 +99,16 @@ class FeatureQueue(nn.Module):
         dim:int # Length of a vector, D
     ):
         super().__init__()
+        check_inputs(size=size, dim=dim)
         self.register_buffer('queue', F.normalize(torch.randn(size, dim), dim=1)) # random at first
         self.register_buffer('oldest', torch.tensor(0)) # the place that is taken next
         self.register_buffer('fresh', torch.empty(0, dim), persistent=False) # join at `update`
-
     def __len__(self): return len(self.queue)
-
     def add(self,
         z # (N,D) vectors of this batch, not normalised
     ):
         "Remember vectors, without gradient; only while training"
+        check_inputs(queue=self.queue.shape[1:], z=z.shape[1:])
         z = F.normalize(z.detach().float(), dim=1)
         if self.training: self.fresh = torch.cat([self.fresh, z])[-len(self):]
 
@@ -115,9 +119,11 @@ class FeatureQueue(nn.Module):
 
 # %% ../../nbs/contrastive/01_infonce.ipynb #f21f8443
 @torch.no_grad()
+@in_full_precision
 def positive_accuracy(
     q, k # (N,D) queries and keys; k[i] is the positive of q[i]
 ): # Scalar
     "How often is the positive the nearest key?"
+    check_inputs(q=q, k=k)
     sim = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T
     return (sim.argmax(1)==torch.arange(len(q), device=q.device)).float().mean()

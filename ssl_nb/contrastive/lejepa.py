@@ -11,10 +11,11 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.heads import full_precision, mlp
+from ..core.heads import in_full_precision, mlp
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/14_lejepa.ipynb #58745b1e
+@in_full_precision
 def epps_pulley(
     x, # (...,N,M) N numbers in each of M columns
     knots:int=17, # Points of the quadrature
@@ -28,6 +29,7 @@ def epps_pulley(
     return x.shape[-2]*2*torch.trapezoid(gap*phi, t)
 
 # %% ../../nbs/contrastive/14_lejepa.ipynb #733783ab
+@in_full_precision
 def sigreg(
     z, # (...,N,D) vectors, not normalised; the mean is taken over leading axes, such as views
     slices:int=256, # Random directions |A| (released minimal code, algorithm 1; sec. 6.1: 1024)
@@ -36,12 +38,11 @@ def sigreg(
     generator=None # Random generator for the directions; by default the device's
 ): # Scalar
     "Epps-Pulley in random directions: SIGReg (Balestriero and LeCun 2025, sec. 4.2)"
-    with torch.autocast(z.device.type, enabled=False):
-        z = full_precision(z)
-        a = torch.randn(z.shape[-1], slices, device=z.device, dtype=z.dtype, generator=generator)
-        return epps_pulley(z @ F.normalize(a, dim=0), knots, t_max).mean()
+    a = torch.randn(z.shape[-1], slices, device=z.device, dtype=z.dtype, generator=generator)
+    return epps_pulley(z @ F.normalize(a, dim=0), knots, t_max).mean()
 
 # %% ../../nbs/contrastive/14_lejepa.ipynb #e16df22c
+@in_full_precision
 def lejepa_loss(
     zs, # V tensors (N,D), or one (V,N,D): projections of the views, not normalised
     lamb:float=0.05, # Weight of SIGReg, lambda (sec. 6.1)
@@ -49,7 +50,7 @@ def lejepa_loss(
     generator=None # Random generator for the directions; by default the device's
 ): # Scalar
     "Agreement of the views, and SIGReg of each (Balestriero and LeCun 2025, algorithm 2)"
-    z = full_precision(zs if torch.is_tensor(zs) else torch.stack(list(zs)))
+    z = zs if torch.is_tensor(zs) else torch.stack(list(zs))
     if z.ndim != 3: raise ValueError('zs must be a list of views (N,D), or one tensor (V,N,D), '
                                      f'got {tuple(z.shape)}')
     pred = (z - z.mean(0)).pow(2).mean()

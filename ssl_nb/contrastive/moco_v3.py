@@ -8,11 +8,13 @@ __all__ = ['ctr', 'frozen_patches', 'MoCoV3']
 # %% ../../nbs/contrastive/04_moco_v3.ipynb #34a1a446
 from torch import nn
 from fastcore.basics import patch
-from ..core.heads import cosine_momentum, ema_copy, ema_update, mlp
+from ..core.heads import (cosine_momentum, ema_copy, ema_update, in_full_precision,
+                               mlp)
 from .infonce import info_nce, positive_accuracy
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/04_moco_v3.ipynb #dc953e73
+@in_full_precision
 def ctr(
     q, # (N,D) queries of one view, not normalised
     k, # (N,D) keys of the other view; k[i] is the positive of q[i]

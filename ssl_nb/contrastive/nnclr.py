@@ -9,20 +9,23 @@ __all__ = ['nearest_in_support', 'nnclr_loss', 'NNCLR']
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .infonce import FeatureQueue, info_nce, positive_accuracy
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/06_nnclr.ipynb #d2b9daff
 @torch.no_grad()
+@in_full_precision
 def nearest_in_support(
     support, # (M,D) vectors of earlier batches
     z # (N,D) projections, not normalised
 ): # (N,D) rows of the support set, of length 1
     "The most similar vector of the support set, for each projection (Dwibedi et al. 2021, eq. 4)"
-    q,s = [F.normalize(t, dim=1) for t in full_precision(z, support)]
-    with torch.autocast(z.device.type, enabled=False): return s[(q @ s.T).argmax(1)]
+    check_inputs(support=support.shape[1:], z=z.shape[1:])
+    q,s = F.normalize(z, dim=1),F.normalize(support, dim=1)
+    return s[(q @ s.T).argmax(1)]
 
+@in_full_precision
 def nnclr_loss(
     z, # (N,D) projections of one view, not normalised
     p, # (N,D) predictions from the other view, not normalised
@@ -30,6 +33,7 @@ def nnclr_loss(
     temp:float=0.1 # Temperature (the paper's choice)
 ): # Scalar
     "InfoNCE of nearest neighbours and predictions, one direction (Dwibedi et al. 2021, eq. 3)"
+    check_inputs(z=z, p=p)
     return info_nce(nearest_in_support(support, z), p, temp=temp)
 
 # %% ../../nbs/contrastive/06_nnclr.ipynb #48fcf9d0

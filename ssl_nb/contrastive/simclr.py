@@ -8,18 +8,20 @@ __all__ = ['nt_xent', 'SimCLR']
 # %% ../../nbs/contrastive/02_simclr.ipynb #5fd82951
 import torch
 import torch.nn.functional as F
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .infonce import log_sum_exp, positive_accuracy
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/02_simclr.ipynb #ca078320
+@in_full_precision
 def nt_xent(
     z1, # (N,D) projections of the first views, not normalised
     z2, # (N,D) projections of the second views
     temp:float=0.5 # Temperature; the paper's choice for CIFAR-10 (app. B.9)
 ): # Scalar
     "The normalised temperature-scaled cross-entropy loss (Chen et al. 2020, eq. 1)"
-    z = F.normalize(torch.cat(full_precision(z1, z2)), dim=1) # (2N,D)
+    check_inputs(z1=z1, z2=z2, temp=temp)
+    z = F.normalize(torch.cat([z1, z2]), dim=1) # (2N,D)
     own = torch.arange(len(z), device=z.device)
     positive = (z*z.roll(len(z1), 0)).sum(1)/temp # (2N,)
     return (log_sum_exp(z, z, temp, skip=own) - positive).mean()
@@ -33,7 +35,7 @@ class SimCLR(JointEmbedding):
         views, # Makes one random view of a batch; see `core.views`
         temp:float=0.5, # Temperature (app. B.9)
         hidden:int=None, # Width of the hidden layer; by default that of the features (sec. 4.2)
-        dim:int=128 # Length of the projection (sec. 4.2)
+        dim:int=128 # Length of the projection (sec. 2.3, "Default setting")
     ):
         super().__init__(encoder, views)
         self.temp = temp

@@ -10,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .infonce import positive_accuracy
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/10_simsiam.ipynb #f9df00e3
+@in_full_precision
 def neg_cosine(
     p, # (N,D) predictions, not normalised
     z, # (N,D) projections of the other view, not normalised
     stop_gradient:bool=True # Treat z as a constant?
 ): # Scalar from -1 to 1
     "Negative cosine of prediction and target, a constant (Chen and He 2021, eq. 1 and alg. 1)"
-    p,z = full_precision(p, z.detach() if stop_gradient else z)
-    return -F.cosine_similarity(p, z, dim=1).mean()
+    check_inputs(p=p, z=z)
+    return -F.cosine_similarity(p, z.detach() if stop_gradient else z, dim=1).mean()
 
 # %% ../../nbs/contrastive/10_simsiam.ipynb #78b5fa85
 class SimSiam(JointEmbedding):

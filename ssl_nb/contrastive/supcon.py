@@ -8,18 +8,21 @@ __all__ = ['supcon_loss', 'own_class', 'class_accuracy', 'SupCon']
 # %% ../../nbs/contrastive/07_supcon.ipynb #474bbdf3
 import torch
 import torch.nn.functional as F
-from ..core.heads import full_precision, mlp
+from fastcore.basics import patch
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .infonce import log_sum_exp
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/07_supcon.ipynb #15f42dd9
+@in_full_precision
 def supcon_loss(
     z, # (N,D) projections of all views, not normalised; two views of a batch are 2N rows
     y, # (N,) labels, repeated for each view; -1 is unknown: no positive of any view
     temp:float=0.1 # Temperature (the paper's; the default of the authors' code is 0.07)
 ): # Scalar: mean over the views that have a positive
     "The supervised contrastive loss, mean outside of the logarithm (Khosla et al. 2020, eq. 2)"
-    z = F.normalize(full_precision(z), dim=1)
+    check_inputs(z=z.shape[:1], y=y, temp=temp)
+    z = F.normalize(z, dim=1)
     _,cls,count = y.unique(return_inverse=True, return_counts=True)
     sums = z.new_zeros(len(count), z.shape[1]).index_add(0, cls, z) # (classes,D)
     n = count[cls]-1 # |P(i)|
@@ -37,11 +40,13 @@ def own_class(
     return torch.where(y<0, y.amax()+1+torch.arange(len(y), device=y.device), y)
 
 @torch.no_grad()
+@in_full_precision
 def class_accuracy(
     z, # (N,D) projections of all views
     y # (N,) labels
 ): # Scalar
     "How often has the nearest other view the same label?"
+    check_inputs(z=z.shape[:1], y=y)
     z = F.normalize(z, dim=1)
     return (y[(z @ z.T).fill_diagonal_(float('-inf')).argmax(1)]==y).float().mean()
 
@@ -68,3 +73,12 @@ class SupCon(JointEmbedding):
     def guards(self): return {'negatives': True, 'temperature': self.temp >= 0.01}
     def show(self, x, inputs, targets):
         return super().show(x, inputs, targets) | {'label': targets[0].tolist()}
+
+# %% ../../nbs/contrastive/07_supcon.ipynb #5d1c0b04
+@patch(cls_method=True)
+def for_data(cls:SupCon, encoder, dls, **kwargs):
+    y = getattr(dls.train, 'y', None) # a set that is streamed has none
+    if not dls.info.classes or y is not None and not (y>=0).any():
+        raise ValueError(f'supcon learns from labels, and {dls.info.name} has none for training; '
+                         'without labels it would be simclr')
+    return super(SupCon, cls).for_data(encoder, dls, **kwargs)

@@ -10,31 +10,35 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/16_swav.ipynb #5d15390e
 @torch.no_grad()
+@in_full_precision
 def sinkhorn(
     scores, # (N,K) scores of the samples for the prototypes
     eps:float=0.05, # Softness of the codes; this and `iters` are the authors' defaults
     iters:int=3 # Rounds; 0 leaves out the equal partition and is a plain softmax
 ): # (N,K) codes; each row sums to 1, each column approaches N/K with more rounds
     "Split the samples among groups of equal size (Caron et al. 2020, eq. 3 to 5), without gradient"
-    log_q = full_precision(scores)/eps
+    check_inputs(eps=eps)
+    log_q = scores/eps
     for _ in range(iters): log_q = (log_q - log_q.logsumexp(0, keepdim=True)).log_softmax(1)
     return log_q.softmax(1)
 
 # %% ../../nbs/contrastive/16_swav.ipynb #be2e766d
+@in_full_precision
 def prototype_scores(
     z, # (N,D) projections, not normalised
     prototypes # (K,D)
 ): # (N,K) cosines, in full precision
     "How near is each sample to each prototype?"
-    with torch.autocast(z.device.type, enabled=False):
-        z,c = [F.normalize(t, dim=1) for t in full_precision(z, prototypes)]
-        return z @ c.to(z.dtype).T
+    check_inputs(z=z.shape[1:], prototypes=prototypes.shape[1:])
+    return F.normalize(z, dim=1) @ F.normalize(prototypes, dim=1).T
 
+# %% ../../nbs/contrastive/16_swav.ipynb #5d1c0b01
+@in_full_precision
 def swav_loss(
     z1, # (N,D) projections of the first views, not normalised
     z2, # (N,D) projections of the second views
@@ -45,6 +49,7 @@ def swav_loss(
     iters:int=3 # Rounds of Sinkhorn's algorithm
 ): # Scalar
     "Predict the code of each view from the other views (Caron et al. 2020, eq. 1, 2 and 6)"
+    check_inputs(z1=z1, z2=z2, temp=temp)
     scores = [prototype_scores(z, prototypes) for z in (z1, z2, *small)]
     codes = [sinkhorn(score, eps, iters) for score in scores[:2]]
     log_p = [(score/temp).log_softmax(1) for score in scores]
@@ -52,11 +57,12 @@ def swav_loss(
     return sum(pairs)/len(pairs)
 
 # %% ../../nbs/contrastive/16_swav.ipynb #362b393b
+@in_full_precision
 def used(
     scores # (N,K)
 ): # Scalar from 1 to K
     "Effective number of prototypes in use: the exponential of the entropy of their shares"
-    share = F.one_hot(scores.argmax(1), scores.shape[1]).float().mean(0)
+    share = F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype).mean(0)
     return torch.special.entr(share).sum().exp()
 
 # %% ../../nbs/contrastive/16_swav.ipynb #3fe33c72

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/12_vicreg.ipynb #17a3648c
@@ -23,6 +23,7 @@ def _off_diagonal(z):
     c = z.T @ z/(len(z)-1)
     return (c.pow(2).sum() - c.diagonal().pow(2).sum())/z.shape[1]
 
+@in_full_precision
 def vicreg_terms(
     z1, # (N,D) outputs for the first views, not normalised
     z2 # (N,D) outputs for the second views
@@ -30,13 +31,13 @@ def vicreg_terms(
     "The three terms as the authors' released program scales them (Bardes et al. 2022, eq. 1 to 5)"
     if len(z1)<2:
         raise ValueError(f'variance and covariance need more than one sample, got {len(z1)}')
-    with torch.autocast(z1.device.type, enabled=False): # 16 bits are too few for a variance
-        z1,z2 = full_precision(z1, z2)
-        invariance = F.mse_loss(z1, z2)
-        variance = (_std_hinge(z1)+_std_hinge(z2))/2
-        return invariance,variance,_off_diagonal(z1)+_off_diagonal(z2)
+    check_inputs(z1=z1, z2=z2)
+    invariance = F.mse_loss(z1, z2)
+    variance = (_std_hinge(z1)+_std_hinge(z2))/2
+    return invariance,variance,_off_diagonal(z1)+_off_diagonal(z2)
 
 # %% ../../nbs/contrastive/12_vicreg.ipynb #ec00c422
+@in_full_precision
 def vicreg_loss(
     z1, # (N,D) outputs for the first views, not normalised
     z2, # (N,D) outputs for the second views

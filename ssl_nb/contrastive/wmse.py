@@ -9,10 +9,11 @@ __all__ = ['whiten', 'subbatches', 'wmse_loss', 'WMSE']
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.heads import full_precision, mlp
+from ..core.heads import check_inputs, in_full_precision, mlp
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/13_wmse.ipynb #3d10971c
+@in_full_precision
 def whiten(
     v, # (...,N,D) N samples of D numbers; leading axes are batches of their own
     eps:float=0. # This share of the identity is mixed into the covariance (0 in the authors' code)
@@ -21,11 +22,9 @@ def whiten(
     n,d = v.shape[-2:]
     if n <= d: raise ValueError(f'whitening {d} numbers needs more than {d} samples, better {2*d}, '
                                 f'got {n}; raise batch_size or lower dim')
-    with torch.autocast(v.device.type, enabled=False):
-        v = full_precision(v)
-        v = v - v.mean(-2, keepdim=True)
-        cov = (1-eps)*(v.mT @ v)/(n-1) + eps*torch.eye(d, device=v.device, dtype=v.dtype)
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(cov), v.mT, upper=False).mT
+    v = v - v.mean(-2, keepdim=True)
+    cov = (1-eps)*(v.mT @ v)/(n-1) + eps*torch.eye(d, device=v.device, dtype=v.dtype)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(cov), v.mT, upper=False).mT
 
 # %% ../../nbs/contrastive/13_wmse.ipynb #bb1540f7
 def subbatches(
@@ -39,16 +38,18 @@ def subbatches(
     return order[:groups*(n//groups)].view(groups, -1)
 
 # %% ../../nbs/contrastive/13_wmse.ipynb #49ab4db2
+@in_full_precision
 def wmse_loss(
     v1, # (N,D) projections of the first views, neither whitened nor normalised
     v2, # (N,D) projections of the second views
-    size:int=None, # Samples per sub-batch; by default the whole batch, as in the authors' code
+    size:int=None, # Samples per sub-batch; by default the whole batch (authors: 128)
     iters:int=1, # Random cuts into sub-batches, of which the mean is taken
     eps:float=0., # See `whiten`
     generator=None # Of the cuts; by default the device's
 ): # Scalar between 0 and 4
     "Whiten, normalise, and take the squared distance of the two views (Ermolov et al. 2021)"
-    v,total = full_precision(torch.stack([v1, v2])),0. # (2,N,D)
+    check_inputs(v1=v1, v2=v2)
+    v,total = torch.stack([v1, v2]),0. # (2,N,D)
     for _ in range(iters):
         cut = subbatches(len(v1), size, v.device, generator)
         z1,z2 = F.normalize(whiten(v[:,cut], eps), dim=-1) # (G,S,D) each
@@ -75,10 +76,16 @@ class WMSE(JointEmbedding):
         self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim))
         if whitening: self.min_batch = dim+1
 
-    @classmethod
-    def for_data(cls, encoder, dls, **kwargs):
-        dim = max(1, min(64, dls.train.bs//4))
-        return super().for_data(encoder, dls, **{'dim': dim} | kwargs)
+
+# %% ../../nbs/contrastive/13_wmse.ipynb #5d1c0b05
+@patch(cls_method=True)
+def for_data(cls:WMSE, encoder, dls, **kwargs):
+    bs = min(dls.train.bs, dls.train.n)
+    m = super(WMSE, cls).for_data(encoder, dls, **{'dim': max(1, min(64, bs//4))} | kwargs)
+    if m.min_batch > bs:
+        raise ValueError(f'whitening {m.min_batch-1} numbers takes batches of at least '
+                         f'{m.min_batch}, and those of {dls.info.name} have {bs}; lower dim')
+    return m
 
 # %% ../../nbs/contrastive/13_wmse.ipynb #ecf3e934
 @patch

@@ -57,7 +57,7 @@ def random_keep(
     device=None,
     generator=None, # of the same device; None for torch's own
 ):
-    "keep (B,K) and hidden (B,N-K), both sorted; K = N(1-ratio), rounded (MAE, section 3)"
+    "keep (B,K) and hidden (B,N-K), both sorted; K = N(1-ratio), rounded (after MAE, section 3)"
     k = max(1, round(n*(1-ratio)))
     order = torch.rand(b, n, device=device, generator=generator).argsort(1)
     return order[:,:k].sort(1).values, order[:,k:].sort(1).values

@@ -8,6 +8,7 @@ __all__ = ['encode', 'feature_std', 'rankme', 'alignment', 'uniformity', 'knn_pr
 # %% ../../nbs/core/07_measures.ipynb #bb57947a
 import torch
 import torch.nn.functional as F
+from .heads import check_inputs, in_full_precision
 
 # %% ../../nbs/core/07_measures.ipynb #e09b7f6d
 @torch.no_grad()
@@ -27,6 +28,7 @@ def encode(
     return torch.cat(hs)[:n],torch.cat(ys)[:n]
 
 # %% ../../nbs/core/07_measures.ipynb #6e8629a7
+@in_full_precision
 def feature_std(
     h # (N,D) features
 ): # Scalar: 0 collapsed, about 1 spread in all directions
@@ -35,22 +37,26 @@ def feature_std(
     return z.std(0).mean()*h.shape[1]**0.5
 
 # %% ../../nbs/core/07_measures.ipynb #3b0b3549
+@in_full_precision
 def rankme(
     h, # (N,D) features
     eps:float=1e-7 # Added to each share
 ): # Scalar between 1 and min(N,D)
     "Effective rank of the features (Garrido et al. 2023, eq. 1)"
-    s = torch.linalg.svdvals(h.float())
+    s = torch.linalg.svdvals(h)
     p = s/s.sum().clamp(min=1e-12) + eps
     return torch.exp(-(p*p.log()).sum())
 
 # %% ../../nbs/core/07_measures.ipynb #08c0bad0
+@in_full_precision
 def alignment(
     h1, h2 # (N,D) features of two views of the same samples
 ): # Scalar from 0 (views agree) to 4
     "Mean squared distance of the normalised features of two views (Wang and Isola 2020, sec. 4.1)"
+    check_inputs(h1=h1, h2=h2)
     return (F.normalize(h1, dim=1)-F.normalize(h2, dim=1)).pow(2).sum(1).mean()
 
+@in_full_precision
 def uniformity(
     h # (N,D) features
 ): # Scalar from 0 (all the same) down to about -4
@@ -59,6 +65,7 @@ def uniformity(
 
 # %% ../../nbs/core/07_measures.ipynb #bcb3c8d9
 @torch.no_grad()
+@in_full_precision
 def knn_predict(
     train_h, train_y, # (N,D) features and (N,) labels of the bank
     h, # (M,D) features to classify
@@ -67,17 +74,21 @@ def knn_predict(
     block:int=2048 # Rows at once
 ): # (M,) predicted labels
     "Weighted k-nearest-neighbour vote with cosine similarity (Wu et al. 2018, sec. 3.4)"
-    train,test = [F.normalize(o.float(), dim=1) for o in (train_h, h)]
-    k = min(k, len(train_h))
+    check_inputs(train_h=train_h.shape[1:], h=h.shape[1:], k=k, temp=temp)
+    check_inputs(train_h=train_h.shape[:1], train_y=train_y.shape)
+    norms,k = train_h.norm(dim=1).clamp(min=1e-12),min(k, len(train_h))
+    block = max(1, min(block, 2**24//len(train_h))) # not all similarities at once
     classes,target = train_y.unique(return_inverse=True)
     preds = []
-    for t in test.split(block):
-        sim,idx = (t @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(t), len(classes), device=h.device)
-        preds.append(votes.scatter_add_(1, target[idx], (sim/temp).exp()).argmax(1))
+    for t in F.normalize(h, dim=1).split(block):
+        sim,idx = (t @ train_h.T / norms).topk(k, dim=1)
+        votes = t.new_zeros(len(t), len(classes)) # the nearest counts 1, so that none overflows
+        weight = ((sim-sim[:,:1])/temp).exp()
+        preds.append(votes.scatter_add_(1, target[idx], weight).argmax(1))
     return classes[torch.cat(preds)]
 
 # %% ../../nbs/core/07_measures.ipynb #507912b2
+@in_full_precision
 def nearest_ids(
     h, # (N,D) features
     queries, # (Q,) indices of the samples that ask
@@ -91,15 +102,17 @@ def nearest_ids(
 
 # %% ../../nbs/core/07_measures.ipynb #170c8a1d
 @torch.no_grad()
+@in_full_precision
 def frechet_distance(
     h1, # (N,D) features of one set
     h2 # (M,D) features of the other
 ): # Scalar, squared units of the features: 0 for the same mean and covariance
     "Squared Fréchet distance between the Gaussians of two sets of features (Heusel et al. 2017)"
-    h1,h2 = h1.double(),h2.double()
+    check_inputs(h1=h1.shape[1:], h2=h2.shape[1:])
+    dtype,h1,h2 = h1.dtype,h1.double(),h2.double()
     c1,c2 = [torch.atleast_2d(h.mT.cov()) for h in (h1, h2)]
     e,V = torch.linalg.eigh(c1)
     root = (V*e.clamp(min=0).sqrt()) @ V.mT
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     apart = (h1.mean(0)-h2.mean(0)).pow(2).sum()
-    return (apart + c1.trace() + c2.trace() - 2*cross).clamp(min=0).float()
+    return (apart + c1.trace() + c2.trace() - 2*cross).clamp(min=0).to(dtype)

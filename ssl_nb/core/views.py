@@ -6,7 +6,7 @@
 __all__ = ['resize_matrix', 'separable', 'resized_crop', 'uniform', 'central_box', 'random_crop_box', 'per_sample', 'on_rgb',
            'luma', 'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'grey', 'adjust_hue', 'gaussian_window',
            'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'affine_matrix',
-           'warp', 'Affine', 'ImageViews', 'image_views', 'TokenViews', 'ClipViews', 'default_views']
+           'warp', 'Affine', 'check_unit', 'ImageViews', 'image_views', 'TokenViews', 'ClipViews', 'default_views']
 
 # %% ../../nbs/core/03_views.ipynb #80d22ff3
 import math, functools
@@ -45,7 +45,10 @@ def separable(
     return My.to(x.dtype)[:,None] @ rows
 
 # %% ../../nbs/core/03_views.ipynb #59e58a66
-def _pair(size): return (size,size) if isinstance(size,int) else tuple(size)
+def _pair(size):
+    pair = tuple(size) if isinstance(size, (tuple,list)) else (size,size)
+    if len(pair)==2 and all(s>=1 and s==int(s) for s in pair): return tuple(map(int, pair))
+    raise ValueError(f'size is the side of a view in whole pixels, or (h,w), got {size}')
 
 def resized_crop(
     x,         # (B,C,H,W) images, any C
@@ -211,12 +214,30 @@ def solarize(
     return torch.where(x>=per_sample(thresh,x), 1-x, x)
 
 # %% ../../nbs/core/03_views.ipynb #11ecda2c
+_limits = dict(p=(0,1), flip=(0,1), drop=(0,1), scale=(0,1), hue=(0,0.5), ratio=(1e-3,1e3),
+               zoom=(1e-3,1e3), aspect=(1,1e3)) # the others: at least 0
+def _within(name, value):
+    "A setting, a pair as a tuple; `ValueError` outside of its limits, or the larger number first"
+    low,high = _limits.get(name, (0,math.inf))
+    pair = tuple(value) if isinstance(value, (tuple,list)) else (value,value)
+    two = isinstance(value, (tuple,list))
+    if len(pair)==2 and low<=pair[0]<=pair[1]<=high: return pair if two else value
+    a = 'a pair (least, most)' if two else 'a number'
+    raise ValueError(f'{name} must be {a} between {low} and {high}, got {value}')
+
 class Draw(nn.Module):
-    "A random operator on a batch; prints its settings"
+    "A random operator on a batch; refuses settings that make no sense, and prints the others"
+    def __init__(self, **settings): # Size, scale, probability ... of the operator
+        super().__init__()
+        for name,v in settings.items():
+            if name=='size': _pair(v)
+            elif v is not None: v = _within(name, v)
+            setattr(self, name, v)
     def extra_repr(self):
         own = {k: v for k,v in vars(self).items() if not (k.startswith('_') or k=='training')}
         return ', '.join(f'{k}={v}' for k,v in own.items())
 
+# %% ../../nbs/core/03_views.ipynb #5d1c0b03
 class CropFlip(Draw):
     "Random resized crop and horizontal flip"
     def __init__(self,
@@ -224,9 +245,7 @@ class CropFlip(Draw):
         scale=(0.2,1.),  # area of the crop as a fraction of the image
         ratio=(3/4,4/3), # width/height of the crop
         flip=0.5,        # probability of a mirror image
-    ):
-        super().__init__()
-        self.size,self.scale,self.ratio,self.flip = size,tuple(scale),tuple(ratio),flip
+    ): super().__init__(size=size, scale=scale, ratio=ratio, flip=flip)
     def forward(self, x):
         n,_,h,w = x.shape
         box = random_crop_box(n, h, w, self.scale, self.ratio, x.device)
@@ -243,9 +262,8 @@ class Jitter(Draw):
         hue=0.1,        # turn of the colour circle in [-hue, hue], at most 0.5
         p=0.8,          # probability, for each sample, to be changed
     ):
-        super().__init__()
-        self.brightness,self.contrast,self.saturation = brightness,contrast,saturation
-        self.hue,self.p = hue,p
+        super().__init__(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue,
+                         p=p)
     def draw(self, n, device=None):
         "[(operator, (n,) parameters), ...] in random order, without those of strength 0"
         on = torch.rand(n, device=device) < self.p
@@ -262,9 +280,7 @@ class Jitter(Draw):
 # %% ../../nbs/core/03_views.ipynb #51112870
 class Grey(Draw):
     "Take the colour out of some samples"
-    def __init__(self, p=0.2): # probability, for each sample
-        super().__init__()
-        self.p = p
+    def __init__(self, p=0.2): super().__init__(p=p) # probability, for each sample
     def forward(self, x): return grey(x, torch.rand(len(x), device=x.device)<self.p)
 
 class Blur(Draw):
@@ -273,9 +289,7 @@ class Blur(Draw):
         p=0.5,            # probability, for each sample
         sigma=(0.1,2.),   # range of the standard deviation, pixels
         kernel_size=None, # window in pixels, odd; None for a tenth of the image, at least 3
-    ):
-        super().__init__()
-        self.p,self.sigma,self.kernel_size = p,tuple(sigma),kernel_size
+    ): super().__init__(p=p, sigma=sigma, kernel_size=kernel_size)
     def forward(self, x):
         on = torch.rand(len(x), device=x.device) < self.p
         k = self.kernel_size or max(3, x.shape[-1]//20*2+1)
@@ -287,9 +301,7 @@ class Solarize(Draw):
     def __init__(self,
         p=0.2,      # probability, for each sample
         thresh=0.5, # smallest value that is inverted
-    ):
-        super().__init__()
-        self.p,self.thresh = p,thresh
+    ): super().__init__(p=p, thresh=thresh)
     def forward(self, x):
         on = torch.rand(len(x), device=x.device) < self.p
         return solarize(x, torch.where(on, self.thresh, 2.))
@@ -328,9 +340,8 @@ class Affine(Draw):
         aspect=1.5,     # largest ratio of the zooms of the two axes
         flip=0.,        # probability of a mirror image
     ):
-        super().__init__()
-        self.size,self.turn,self.slant,self.zoom = size,turn,slant,tuple(zoom)
-        self.shift,self.aspect,self.flip = shift,aspect,flip
+        super().__init__(size=size, turn=turn, slant=slant, zoom=zoom, shift=shift, aspect=aspect,
+                         flip=flip)
 
 # %% ../../nbs/core/03_views.ipynb #b1caeb22
 @patch
@@ -347,6 +358,18 @@ def forward(self:Affine, x):
     return warp(x, A, self.size)
 
 # %% ../../nbs/core/03_views.ipynb #239159a2
+def check_unit(
+    views:nn.Module, # Random views; they remember that they have looked
+    x, # Their batch
+):
+    "`ValueError` unless all values are in [0,1]; on a GPU only the first batch is looked at"
+    if not x.numel() or x.device.type!='cpu' and vars(views).get('_looked'): return
+    views._looked = True
+    low,high = [v.item() for v in x.detach().aminmax()]
+    if not (low>=-0.01 and high<=1.01): # rounding, such as that of a resize, is no matter
+        raise ValueError('views take images in [0,1], '
+                         f'got values from {low:.4g} to {high:.4g}; divide bytes by 255')
+
 class ImageViews(nn.Sequential):
     "Random operators in sequence: images (B,C,H,W) in [0,1] to one random view of each"
     @torch.no_grad()
@@ -356,6 +379,7 @@ class ImageViews(nn.Sequential):
         if x.ndim!=4 or not x.is_floating_point():
             raise TypeError('views take float images (B,C,H,W) in [0,1], '
                             f'got {x.dtype} of shape {tuple(x.shape)}')
+        check_unit(self, x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.as_subclass(torch.Tensor))
 
@@ -390,9 +414,7 @@ class TokenViews(Draw):
     def __init__(self,
         drop=0.15, # probability, for each token
         mask_id=0, # what to put in its place; 0 makes it look like padding
-    ):
-        super().__init__()
-        self.drop,self.mask_id = drop,mask_id
+    ): super().__init__(drop=drop, mask_id=mask_id)
     def forward(self,
         x, # (B,L) long, 0 = padding
     ):
@@ -408,6 +430,7 @@ class ClipViews(CropFlip):
         x, # (B,C,F,H,W) in [0,1]
     ):
         if x.ndim!=5: raise ValueError(f'views of clips take (B,C,F,H,W), got {tuple(x.shape)}')
+        check_unit(self, x)
         return super().forward(x.flatten(1,2)).unflatten(1, x.shape[1:3])
 
 # %% ../../nbs/core/03_views.ipynb #08cf0b43

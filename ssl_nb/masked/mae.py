@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from ..core.heads import check_inputs, in_full_precision
 from ..core.masks import gather_tokens, random_keep, scatter_tokens
 from ..core.method import Method
 from ..core.views import image_views
@@ -36,12 +37,14 @@ def unpatchify(
     return t.reshape(B, g, g, p, p, D//p**2).permute(0,5,1,3,2,4).reshape(B, -1, g*p, g*p)
 
 # %% ../../nbs/masked/01_mae.ipynb #60481e91
+@in_full_precision
 def mae_loss(
     pred, # (B,N,P) predicted patches
     target, # (B,N,P) true patches
     hidden # (B,M) positions of the hidden patches
 ): # Scalar
     "Mean squared error on the hidden patches (He et al. 2022, sec. 3)"
+    check_inputs(pred=pred, target=target)
     return (gather_tokens(pred, hidden) - gather_tokens(target, hidden)).pow(2).mean()
 
 # %% ../../nbs/masked/01_mae.ipynb #bc0daf95
@@ -76,7 +79,7 @@ class MAE(Method):
         views=None, # Random views to train on, such as crops; None for the clean images
         pos_std:float=0.5 # Deviation of fresh position embeddings
     ):
-        vit = _vit(encoder)
+        vit = _vit(encoder, ratio)
         super().__init__(encoder)
         self.p,self.n = vit.patch_embed.patch_size[0],vit.patch_embed.num_patches
         self.prefix,self.ratio,self.norm_pix,self.views = vit.num_prefix_tokens,ratio,norm_pix,views
@@ -88,13 +91,18 @@ class MAE(Method):
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.p**2*encoder.mean.numel()))
 
 # %% ../../nbs/masked/01_mae.ipynb #8a436c05
-def _vit(encoder):
+def _vit(encoder, ratio):
+    "The ViT of an encoder, some of whose patches can be hidden; `ValueError` otherwise"
     vit = getattr(encoder, 'model', encoder)
     plain = isinstance(vit, VisionTransformer) and isinstance(vit.patch_embed, PatchEmbed)
-    if plain and hasattr(encoder, 'normalize'): return vit
     name = (getattr(vit, 'pretrained_cfg', None) or {}).get('architecture') or type(vit).__name__
-    raise ValueError('MAE leaves patches out, which takes a ViT made by create_encoder, '
-                     f'and the encoder is {name}; try small_vit')
+    if not (plain and hasattr(encoder, 'normalize')):
+        raise ValueError('MAE leaves patches out, which takes a ViT made by create_encoder, '
+                         f'and the encoder is {name}; try small_vit')
+    n,p = vit.patch_embed.num_patches,vit.patch_embed.patch_size[0]
+    if max(1, round(n*(1-ratio)))<n: return vit
+    raise ValueError(f'MAE would hide no patch: {name} cuts an image into {n}, of {p} px, and the '
+                     f'ratio is {ratio}; take smaller patches, larger images or a higher ratio')
 
 # %% ../../nbs/masked/01_mae.ipynb #4fbfa67b
 @patch

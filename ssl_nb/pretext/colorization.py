@@ -10,7 +10,7 @@ __all__ = ['rgb_to_lab', 'lab_to_rgb', 'ab_bins', 'soft_encode', 'colour_prior',
 import torch
 import torch.nn.functional as F
 from ..core.encoders import feature_map, map_channels
-from ..core.heads import Decoder
+from ..core.heads import Decoder, check_inputs, in_full_precision
 from ..core.method import Method, check_modality
 from ..core.views import image_views
 
@@ -88,6 +88,7 @@ def rebalance(
     return w/(p*w).sum()
 
 # %% ../../nbs/pretext/05_colorization.ipynb #b4302305
+@in_full_precision
 def colour_loss(
     scores, # (B,Q,h,w) before the softmax
     ids, # (B,k,h,w) the nearest bins of each pixel, nearest first
@@ -95,17 +96,20 @@ def colour_loss(
     weights # (Q,) from `rebalance`
 ): # Scalar, mean over pixels; log Q at chance, with weights 1
     "Weighted cross-entropy with soft targets (Zhang et al. 2016, eq. 2 and 3)"
-    log_p = scores.float().log_softmax(1)
+    check_inputs(ids=ids, share=share)
+    log_p = scores.log_softmax(1)
     return -(weights[ids[:,0]]*(share*log_p.gather(1, ids)).sum(1)).mean()
 
 # %% ../../nbs/pretext/05_colorization.ipynb #a9cf6b33
+@in_full_precision
 def annealed_mean(
     scores, # (B,Q,h,w) before the softmax
     bins, # (Q,2) their colours
     temp=0.38 # 1 is the mean, towards 0 the most probable bin (paper: 0.38)
 ): # (B,2,h,w) colours a and b
     "Mean colour after sharpening the probabilities (Zhang et al. 2016, eq. 5)"
-    p = (scores.float()/temp).softmax(1)
+    check_inputs(temp=temp)
+    p = (scores/temp).softmax(1)
     return (bins.T[None,:,:,None,None]*p[:,None]).sum(2)
 
 # %% ../../nbs/pretext/05_colorization.ipynb #f747507c

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
+from ..core.heads import in_full_precision
 from ..core.method import Method
 
 # %% ../../nbs/pretext/09_frame_order.ipynb #a01d6875
 def frame_orders(
     n:int # Frames to be ordered, 2 to 6
 ): # (orders (n!,n), class of each (n!,)), long
-    "All orders of n frames; an order and its reversal in time share a class (Lee et al. 2017)"
+    "All orders of n frames, and classes that an order shares with its reversal in time"
     if not 2<=n<=6: raise ValueError(f'n must be 2 to 6 frames, got {n}: '
                                      f'{n} frames have no order worth asking for, or too many')
     orders = list(itertools.permutations(range(n)))
@@ -34,12 +35,13 @@ def take_frames(
     return x.gather(2, ids[:,None,:,None,None].expand(-1, x.shape[1], -1, *x.shape[3:]))
 
 # %% ../../nbs/pretext/09_frame_order.ipynb #a0afd50e
+@in_full_precision
 def order_loss(
     scores, # (B,n!/2), before the softmax
     target # (B,) class of the order
 ): # Scalar; log(n!/2) at chance, 2.485 for four frames
     "Cross-entropy over the classes of orders (Lee et al. 2017)"
-    return F.cross_entropy(scores.float(), target)
+    return F.cross_entropy(scores, target)
 
 # %% ../../nbs/pretext/09_frame_order.ipynb #7616c4d5
 class FrameOrder(Method):

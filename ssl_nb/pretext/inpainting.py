@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..core.heads import Decoder, reverse_gradient
+from ..core.heads import Decoder, check_inputs, in_full_precision, reverse_gradient
 from ..core.masks import block_mask
 from ..core.method import Method
 
@@ -40,21 +40,24 @@ def hole_weights(
     m = mask.float()
     return m + ring*(F.max_pool2d(m, 2*overlap+1, 1, overlap) - m)
 
+@in_full_precision
 def context_loss(
     pred, # (B,C,H,W) reconstruction
     target, # (B,C,H,W) true
     weights # (B,1,H,W) from `hole_weights`
 ): # Scalar
     "Weighted mean squared error over hole and ring (Pathak et al. 2016, eq. 1)"
-    return (weights*(pred.float()-target.float())**2).sum()/((weights>0).sum()*pred.shape[1])
+    check_inputs(pred=pred, target=target)
+    return (weights*(pred-target)**2).sum()/((weights>0).sum()*pred.shape[1])
 
 # %% ../../nbs/pretext/04_inpainting.ipynb #8403436e
+@in_full_precision
 def adversarial_loss(
     real, # (B,1) the discriminator's scores of true images, before the sigmoid
     fake # (B,1) its scores of reconstructed images
 ): # Scalar; log 4 = 1.386 at chance
     "Minus the expectation in eq. 2 of Pathak et al. 2016, with D the sigmoid of the score"
-    return F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 # %% ../../nbs/pretext/04_inpainting.ipynb #44d342cb
 class Discriminator(nn.Sequential):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.heads import mlp
+from ..core.heads import in_full_precision, mlp
 from ..core.method import Method
 from .tiles import Tiles, lay_out, tiles_for
 
@@ -38,12 +38,13 @@ def permutation_set(
     return torch.from_numpy(every[:,chosen].T.astype(np.int64))
 
 # %% ../../nbs/pretext/02_jigsaw.ipynb #21b5705d
+@in_full_precision
 def jigsaw_loss(
     pred, # (B,N) scores of the N orders, before the softmax
     target # (B,) index of the right order
 ): # Scalar; log N at chance
     "Cross-entropy over the list of orders (Noroozi and Favaro 2016)"
-    return F.cross_entropy(pred.float(), target)
+    return F.cross_entropy(pred, target)
 
 # %% ../../nbs/pretext/02_jigsaw.ipynb #6a6c249f
 class Jigsaw(Method):

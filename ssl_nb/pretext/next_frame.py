@@ -9,18 +9,21 @@ __all__ = ['next_frame_loss', 'skill', 'NextFrame']
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.heads import Decoder
+from ..core.heads import Decoder, check_inputs, in_full_precision
 from ..core.method import Method
 
 # %% ../../nbs/pretext/08_next_frame.ipynb #7a6e2d72
+@in_full_precision
 def next_frame_loss(
     pred, # (B,C,H,W) predicted frame
     frame # (B,C,H,W) the frame that came
 ): # Scalar
     "Mean squared error over clips and pixels"
-    return F.mse_loss(pred.float(), frame.float())
+    check_inputs(pred=pred, frame=frame)
+    return F.mse_loss(pred, frame)
 
 # %% ../../nbs/pretext/08_next_frame.ipynb #ce01fc92
+@in_full_precision
 def skill(
     pred, # (B,C,H,W) predicted frame
     frame, # (B,C,H,W) the frame that came

@@ -9,7 +9,7 @@ __all__ = ['directions', 'neighbour_pairs', 'relative_patch_loss', 'RelativePatc
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.heads import mlp
+from ..core.heads import in_full_precision, mlp
 from ..core.method import Method
 from .tiles import Tiles, lay_out, tiles_for
 
@@ -29,12 +29,13 @@ def neighbour_pairs(
     return torch.tensor([[row[i%len(row)] for i in range(n)] for row in rows]),torch.tensor(counts)
 
 # %% ../../nbs/pretext/03_relative_patch.ipynb #07b224db
+@in_full_precision
 def relative_patch_loss(
     pred, # (B,8) scores, before the softmax
     target # (B,) direction of the second tile, 0 to 7
 ): # Scalar; log 8 = 2.079 at chance
     "Cross-entropy over the eight directions (Doersch et al. 2015)"
-    return F.cross_entropy(pred.float(), target)
+    return F.cross_entropy(pred, target)
 
 # %% ../../nbs/pretext/03_relative_patch.ipynb #0ba4c54d
 class RelativePatch(Method):

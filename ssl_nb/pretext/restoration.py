@@ -10,7 +10,7 @@ import math
 import torch
 from fastcore.basics import patch
 from ..core.encoders import feature_map, map_channels
-from ..core.heads import Decoder
+from ..core.heads import Decoder, check_inputs, in_full_precision
 from ..core.method import Method
 from ..core.views import gaussian_blur, per_sample, uniform
 
@@ -22,13 +22,16 @@ def add_noise(
     "Gaussian noise, each image with its own strength"
     return x + per_sample(sigma, x)*torch.randn_like(x)
 
+@in_full_precision
 def restoration_loss(
     pred, # (B,C,H,W) restored
     target # (B,C,H,W) clean
 ): # Scalar
     "Mean squared error; its minimiser is the mean of the clean image, given the corrupted one"
-    return (pred.float()-target.float()).pow(2).mean()
+    check_inputs(pred=pred, target=target)
+    return (pred-target).pow(2).mean()
 
+@in_full_precision
 def psnr(
     pred, target # (B,C,H,W), the true one in [0,1]
 ): # Scalar in dB, higher is better; 10 dB more is a tenth of the error

@@ -9,7 +9,7 @@ __all__ = ['rotations', 'rotation_loss', 'Rotation']
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.heads import full_precision
+from ..core.heads import in_full_precision
 from ..core.method import Method
 from ..core.views import image_views
 
@@ -25,17 +25,18 @@ def rotations(
     return torch.cat([x, x.mT.flip(2), x.flip(2,3), x.flip(2).mT]) # mT swaps H and W
 
 # %% ../../nbs/pretext/01_rotation.ipynb #c8629e90
+@in_full_precision
 def rotation_loss(
     pred, # (4B,4) scores, before the softmax
     target # (4B,) number of quarter turns, 0 to 3
 ): # Scalar; log 4 = 1.386 for equal scores
     "Cross-entropy over all images and all rotations of each (Gidaris et al. 2018, eq. 2 and 3)"
-    return F.cross_entropy(full_precision(pred), target)
+    return F.cross_entropy(pred, target)
 
 # %% ../../nbs/pretext/01_rotation.ipynb #6103d351
 class Rotation(Method):
     "Predict by which multiple of 90° an image was turned (Gidaris et al. 2018)"
-    recipe = dict(epochs=15, batch_size=128, lr=1e-2, wd=0.05) # sec. 3.1: 100 epochs of SGD
+    recipe = dict(epochs=15, batch_size=128, lr=1e-2, wd=0.05) # sec. 3.1: 100 epochs
     def __init__(self,
         encoder, # Turns images into features
         views=None # Makes one random view of a batch before it is turned; None leaves it as it is

@@ -10,6 +10,7 @@ import itertools, math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ..core.heads import in_full_precision
 from ..core.method import Method
 from ..data.text import CLS, PAD, SEP, decode
 
@@ -53,12 +54,13 @@ def join(
     return torch.cat([torch.full_like(out[:,:1], CLS), out[:,1:]], 1)
 
 # %% ../../nbs/pretext/10_sentence_order.ipynb #045fb8fa
+@in_full_precision
 def order_loss(
     pred, # (B,A) scores of the A possible orders, before the softmax
     target # (B,) long, the true order; -100 where nothing is asked
 ): # Scalar; log A at chance, 0 if nothing is asked at all
     "Cross-entropy over the texts that were asked about (Lan et al. 2020, sec. 3.1, in words)"
-    total = F.cross_entropy(pred.float(), target, ignore_index=-100, reduction='sum')
+    total = F.cross_entropy(pred, target, ignore_index=-100, reduction='sum')
     return total/(target!=-100).sum().clamp(min=1)
 
 # %% ../../nbs/pretext/10_sentence_order.ipynb #d8cc850d

@@ -12,16 +12,19 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from ..core.common import did_you_mean
+from ..core.heads import check_inputs, in_full_precision
 from ..core.method import Method
 from ..core.views import adjust_brightness, adjust_contrast, adjust_hue
 
 # %% ../../nbs/pretext/07_transformation.ipynb #98c81f06
+@in_full_precision
 def aet_loss(
     pred, # (B,P) estimated parameters, in standard deviations
     target # (B,P) true parameters, in standard deviations
 ): # Scalar; 1 for guessing the mean, 0 for knowing
     "Mean squared error of the parameters, as a share of their variance (after Zhang et al. 2019)"
-    return (pred.float()-target.float()).pow(2).mean()
+    check_inputs(pred=pred, target=target)
+    return (pred-target).pow(2).mean()
 
 # %% ../../nbs/pretext/07_transformation.ipynb #fc146e41
 def affine_matrix(
