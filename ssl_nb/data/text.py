@@ -276,7 +276,7 @@ def _rows(data, labels, **columns):
     pairs = enumerate(zip(labels, data), 1)
     return [('train', {'class': l}, t, f'text {i}') for i,(l,t) in pairs],{},[]
 
-# %% ../../nbs/data/05_text.ipynb #631080ee
+# %% ../../nbs/data/05_text.ipynb #51004056
 def _problem(text):
     "Why this is no text; None where it is one"
     if isinstance(text, OSError): return f'unreadable files ({text.strerror})'
@@ -287,6 +287,7 @@ def _problem(text):
     try: text.encode()
     except UnicodeEncodeError: return 'texts that are not UTF-8'
 
+# %% ../../nbs/data/05_text.ipynb #33655428
 def _read(data, labels=None, **columns):
     "(`Listing` of the sources, their texts), without what is no text"
     rows,left,notes = _rows(data, labels, **columns)
@@ -301,7 +302,9 @@ def _read(data, labels=None, **columns):
     own = {k: known_labels(v) for k,v in pd.DataFrame(list(own), dtype=object).items()}
     return Listing(Path(root), list(source), settle(split), own, left, notes, 'texts'),list(texts)
 
-# %% ../../nbs/data/05_text.ipynb #993f0ae2
+def _lost(l): return sum(map(len, l.left.values()))
+
+# %% ../../nbs/data/05_text.ipynb #e0c5ed2b
 def read_texts(
     data, # Folder, file, or list of str
     labels=None, # One per text, where `data` is a list
@@ -312,10 +315,10 @@ def read_texts(
     warn_left(l)
     own = [dict(zip(l.label, o)) for o in zip(*l.label.values())] or [{}]*len(texts)
     df = pd.DataFrame(dict(split=l.split, labels=own, text=texts, source=l.files), dtype=object)
-    df.attrs['skipped'] = sum(map(len, l.left.values()))
+    df.attrs['skipped'] = _lost(l)
     return df
 
-# %% ../../nbs/data/05_text.ipynb #da003171
+# %% ../../nbs/data/05_text.ipynb #79a93ca3
 def text_dls(
     data, # Folder, file, or list of str; see `read_texts`
     labels=None, # One per text, where `data` is a list
@@ -334,9 +337,8 @@ def text_dls(
     tok = get_tokenizer(tokenizer, text[parts[0]], vocab_size, lowercase)
     rows = [(i, *encode(tok, text[i], max_len, chunk and not n))
             for n,i in enumerate(parts) if len(i)]
-    info = DataInfo(name or _name(data), kind='text', vocab_size=tok.get_vocab_size(),
-                    max_len=max_len, classes=classes, read=read + _seen_before(text, parts),
-                    skipped=sum(map(len, l.left.values())))
+    info = DataInfo(name or _name(data), 'text', vocab_size=tok.get_vocab_size(), max_len=max_len,
+                    classes=classes, skipped=_lost(l), read=read + _seen_before(text, parts))
     dls = make_dls([((t,), y[i][of]) for i,t,of in rows], info, bs=bs, device=device, seed=seed)
     for dl,(i,t,of) in zip(dls.loaders, rows): dl.files = source[i][of].tolist()
     dls.tokenizer = tok
@@ -377,7 +379,7 @@ def pydoc_dls(
     return text_dls([t for _,t in docs], labels, test=0.25, name='pydoc', bs=bs, max_len=max_len,
                     vocab_size=vocab_size, device=device, seed=seed)
 
-# %% ../../nbs/data/05_text.ipynb #4e9375c1
+# %% ../../nbs/data/05_text.ipynb #99332491
 class Text(Kind):
     "Texts as tokens (B,L)"
     default_encoder = 'small_text'
@@ -394,7 +396,8 @@ class Text(Kind):
     def suits(cls, path):
         path = Path(path)
         file = next(iter(_by_split(path)[0]), path) if path.is_dir() else path
-        if file.is_file() and table_kind(file) in TABLES: return float('text' in read_table(file))
+        if file.is_file() and table_kind(file) in TABLES:
+            return 0.9*('text' in read_table(file)) # so does a table of images with their texts
         return share_of(path, {'.txt','.md','.rst'})
 
 # %% ../../nbs/data/05_text.ipynb #15254d09
@@ -429,12 +432,12 @@ def keep_tokenizer(
 @patch(cls_method=True)
 def keep(cls:Text, dls, folder): keep_tokenizer(dls, folder)
 
-# %% ../../nbs/data/05_text.ipynb #be724d27
+# %% ../../nbs/data/05_text.ipynb #a88df136
 @patch(cls_method=True)
 def files(cls:Text, path, info, bs=256, device=None, kept=None):
     l,texts = _read(path)
     warn_left(l)
     tokenizer = Tokenizer.from_file(str(kept_tokenizer(kept)))
     dl = ResidentDL(encode(tokenizer, texts, info.max_len)[0], bs=bs, device=device)
-    dl.files,dl.info = l.files,replace(info, skipped=sum(map(len, l.left.values())))
+    dl.files,dl.info = l.files,replace(info, skipped=_lost(l))
     return dl
