@@ -1,12 +1,20 @@
 "Encoders: any timm model is one or is refused by name, a fresh one owes nothing to training, and files that are damaged are named."
 import copy
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from ssl_nb.core.encoders import ImageEncoder, create_encoder, fresh_encoder, load_encoder, save_encoder
+from ssl_nb.contrastive.cpc import CPC
+from ssl_nb.core.encoders import SmallCNN, StemConv, create_encoder, fresh_encoder, load_encoder, patch_size, save_encoder
 from ssl_nb.core.loader import DataInfo
+from ssl_nb.masked.mae import MAE
 
 IMAGES = DataInfo(channels=3, size=32, mean=[0.4,0.5,0.6], std=[0.2,0.3,0.2])
 TEXT = DataInfo(kind='text', vocab_size=30, max_len=8)
@@ -71,3 +79,277 @@ def test_a_fresh_encoder_of_a_changed_one():
     enc = create_encoder('resnet18', IMAGES)
     enc.model.conv1 = nn.Conv2d(3, 64, 7)
     with pytest.raises(ValueError, match='was changed after it was built: model.conv1.weight'): fresh_encoder(enc)
+
+
+def of_size(size, channels=3, **kwargs): return DataInfo(channels=channels, size=size, **kwargs)
+
+
+# What fits, and what does not. The smallest of many families, of which none may end in an error of its own.
+FAMILIES = ('cait_xxs24_224', 'coat_tiny', 'test_convnext', 'csatv2', 'deit_tiny_patch16_224', 'edgenext_xx_small', 'efficientformerv2_s0', 'efficientvit_b0',
+            'eva02_tiny_patch14_224', 'ghostnet_050', 'gmlp_ti16_224', 'halonet_h1', 'hiera_tiny_224', 'inception_next_atto', 'inception_v3', 'levit_128',
+            'test_mambaout', 'mixer_s32_224', 'mobilenetv3_small_050', 'mobilevit_xxs', 'test_nfnet', 'pit_ti_224', 'pvt_v2_b0', 'regnetx_002', 'starnet_s050',
+            'test_coatnet', 'test_resnet', 'test_vit', 'test_vit_relpos', 'vit_tiny_r_s16_p8_224', 'xcit_nano_12_p8_224')
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_any_architecture_is_an_encoder_or_is_refused(name):
+    for channels,size in ((3,32), (1,28), (5,64)):
+        state = torch.get_rng_state()
+        try: enc = create_encoder(name, of_size(size, channels))
+        except ValueError as e:
+            said = str(e)
+            assert f'encoder {name!r} does not fit images of ({channels}, {size}, {size})' in said and '\n' not in said and len(said)<450, said
+            assert ' px, and ' in said or ' px (size, --size)' in said or 'small_cnn' in said, f'not told what would do: {said}'
+            assert e.__context__ is None or e.__suppress_context__, 'the hundred lines of timm are shown as well'
+            assert torch.equal(torch.get_rng_state(), state)
+            continue
+        assert enc.training and not any(m._forward_pre_hooks for m in enc.modules())
+        with torch.no_grad(): h = enc.eval()(torch.rand(3, channels, size, size))
+        assert h.shape==(3, enc.num_features) and h.isfinite().all()
+
+
+def test_the_trial_leaves_the_encoder_as_it_was_drawn():
+    torch.manual_seed(3)
+    enc,state = create_encoder('resnet18', of_size(32)),torch.get_rng_state()
+    assert enc.model.bn1.num_batches_tracked==0 and enc.model.bn1.running_mean.abs().max()==0
+    torch.manual_seed(3)
+    timm.create_model('small_stem', in_chans=3, num_classes=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_fits_at_some_sizes_only_fits_at_those():
+    assert create_encoder('levit_128', of_size(224)).num_features==384
+    for name in ('gmlp_ti16_224', 'coat_tiny', 'hiera_tiny_224'): # told the size of the images, they take it
+        assert create_encoder(name, of_size(64))(torch.rand(2,3,64,64)).shape[0]==2
+
+
+@pytest.mark.parametrize('name,size,near', [
+    ('vit_tiny_patch16_224', 30, '16 or 32'), ('deit_tiny_patch16_224', 8, '16'), ('cait_xxs24_224', 30, '16 or 32'), ('eva02_tiny_patch14_224', 32, '28 or 42'),
+    ('swin_tiny_patch4_window7_224', 30, '28 or 32'), ('convmixer_768_32', 32, '28 or 35'), ('small_vit', 61, '60 or 63'), ('small_vit', 1, '2'), ('small_vit', 997, '992 or 1008')])
+def test_patches_divide_the_image(name, size, near):
+    with pytest.raises(ValueError, match=f' {size}.* images to {near} px|images of {size} px.*to {near} px'): create_encoder(name, of_size(size))
+
+
+def test_every_size_up_to_512_has_few_patches_or_a_neighbour_that_has():
+    few,refused = 0,[]
+    for size in range(1, 513):
+        try: p = patch_size(size)
+        except ValueError as e:
+            refused.append(size)
+            near = [int(s) for s in str(e).split('resize them to ')[1].split(' px')[0].split(' or ')]
+            assert all(patch_size(s) and abs(s-size)<=16 for s in near)
+            continue
+        assert size%p==0 and 4 <= (size//p)**2 <= max(20, size//16)**2
+        few += 1
+    assert {7, 17, 28, 33, 64, 96, 224, 384, 512} & set(refused)==set() and few>150
+    assert {61, 23, 127} < set(refused)
+
+
+@pytest.mark.parametrize('name', ['small_cnn', 'small_resnet', 'small_stem', 'small_vit'])
+@pytest.mark.parametrize('size', [7, 27, 33, 50, 51, 63])
+def test_our_own_encoders_see_every_pixel(name, size):
+    torch.manual_seed(0)
+    enc,x = create_encoder(name, of_size(size)).eval(),torch.rand(4, 3, size, size, requires_grad=True)
+    for p in enc.parameters(): nn.init.normal_(p) # the last scales of a ResNet's blocks begin at 0
+    h = enc(x)
+    (h*torch.randn_like(h)).sum().backward()
+    seen = x.grad.abs().amax((0, 1))>0
+    assert seen.any(0).all() and seen.any(1).all(), 'rows or columns are left out'
+
+
+def test_frames_are_seen_to_the_border():
+    enc,x = create_encoder('small_video', DataInfo(kind='video', channels=1, size=30)),torch.rand(1,1,2,30,30, requires_grad=True)
+    enc(x).square().sum().backward()
+    assert (x.grad[0,0].abs().amax((0, 1))>0).all()
+
+
+def test_the_stem_costs_no_more_for_a_smaller_picture():
+    "What an image of 33 to 48 pixels costs lies between those of 32 and of 64"
+    def work(name, size): # multiplications of the convolutions
+        enc,n = create_encoder(name, of_size(size)),[0]
+        def count(conv, args, out): n[0] += out[0,0].numel()*conv.weight.numel()
+        for m in enc.modules():
+            if isinstance(m, nn.Conv2d): m.register_forward_hook(count)
+        with torch.no_grad(): enc.eval()(torch.rand(1, 3, size, size))
+        return n[0]
+    for name in ('small_cnn', 'resnet18'): assert work(name, 48) <= work(name, 64), name
+    assert work('small_cnn', 40) <= 1.3*work('small_cnn', 32)
+
+
+def test_an_old_small_cnn_is_the_same_where_the_stem_left_nothing_out():
+    torch.manual_seed(0)
+    m,x = SmallCNN(3, stem_stride=4).eval(),torch.rand(2,3,64,64)
+    stem = nn.functional.conv2d(x, m.body[0].weight, stride=4)
+    assert isinstance(m.body[0], StemConv) and torch.equal(m.body[0](x), stem)
+
+
+@pytest.mark.parametrize('name', ['resnet18.a1_in1k', 'vit_tiny_patch16_224.augreg_in21k'])
+def test_trained_weights_are_not_promised(name):
+    for info in (of_size(32), VIDEO):
+        with pytest.raises(ValueError, match=f'names trained weights.*architecture alone is .{name.split(".")[0]}.'): create_encoder(name, info)
+
+
+def test_a_wrong_argument_is_named():
+    with pytest.raises(ValueError, match="'resnet18'.*small_stem.*unexpected keyword argument 'width'|'small_stem' does not fit.*'width'"):
+        create_encoder('resnet18', of_size(32), width=3)
+    with pytest.raises(ValueError, match="'test_resnet' does not fit.*'img_size'"): create_encoder('test_resnet', of_size(32), img_size=32)
+
+
+# Methods that cannot work with so few patches
+
+def test_mae_with_nothing_to_hide():
+    for kwargs in (dict(patch_size=8), dict(patch_size=16, img_size=16)):
+        enc = create_encoder('small_vit', of_size(kwargs.get('img_size', 8)), **kwargs)
+        with pytest.raises(ValueError, match='MAE would hide no patch: small_vit cuts an image into 1, of .* larger images'): MAE(enc)
+    enc = create_encoder('small_vit', of_size(8)) # 16 patches
+    with pytest.raises(ValueError, match='into 16, of 2 px, and the ratio is 0.01'): MAE(enc, ratio=0.01)
+    m = MAE(create_encoder('small_vit', of_size(2)))
+    inputs,targets = m.pretext(torch.rand(4,3,2,2))
+    assert m.loss(m(*inputs), *targets).isfinite()
+
+
+@pytest.mark.parametrize('size', [1, 2, 3])
+def test_cpc_with_too_few_rows(size):
+    info = of_size(size)
+    with pytest.raises(ValueError, match=f'images of {size} px have not two rows'):
+        CPC.for_data(create_encoder('small_cnn', info), SimpleNamespace(info=info))
+
+
+@pytest.mark.parametrize('size', [4, 5, 16, 17])
+def test_cpc_with_enough_rows(size):
+    info = of_size(size)
+    m = CPC.for_data(create_encoder('small_cnn', info), SimpleNamespace(info=info))
+    inputs,targets = m.pretext(torch.rand(4, 3, size, size))
+    assert m.loss(m(*inputs), *targets).isfinite()
+    with pytest.raises(ValueError, match='not two rows'): CPC.for_data(m.encoder, SimpleNamespace(info=info), patch=size)
+
+
+# Folders: what timm reads, and what is damaged or foreign
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    "One folder of each sort, and the encoders"
+    root = tmp_path_factory.mktemp('saved')
+    made = dict(image=create_encoder('small_cnn', IMAGES), timm=create_encoder('test_resnet', IMAGES), text=create_encoder('small_text', TEXT),
+                video=create_encoder('small_video', VIDEO))
+    for k,enc in made.items(): save_encoder(enc, root/k)
+    return root,made
+
+
+def copy_of(folder, to):
+    to.mkdir()
+    for f in folder.iterdir(): (to/f.name).write_bytes(f.read_bytes())
+    return to
+
+
+def flip(data): return data[:-100] + bytes([data[-100]^1]) + data[-99:]
+
+
+DAMAGE = dict(truncated=lambda b: b[:len(b)//2], empty=lambda b: b'', zeros=lambda b: bytes(len(b)), text=lambda b: b'not weights\n', bit=flip,
+              latin=lambda b: 'größe'.encode('latin1'), nothing=lambda b: None)
+
+@pytest.mark.parametrize('kind', ['image', 'timm', 'text', 'video'])
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('checked', [True, False], ids=['checksum', 'older'])
+def test_damaged_weights(saved, tmp_path, kind, damage, checked):
+    f = copy_of(saved[0]/kind, tmp_path/'e')
+    if not checked:
+        cfg = json.loads((f/'config.json').read_text())
+        del cfg['weights_sha256'] # as folders were written before
+        (f/'config.json').write_text(json.dumps(cfg))
+        load_encoder(f)
+    new = DAMAGE[damage]((f/'model.safetensors').read_bytes())
+    if new is None: (f/'model.safetensors').unlink()
+    else: (f/'model.safetensors').write_bytes(new)
+    if damage=='bit' and not checked: return # a number among numbers: only the checksum can know
+    with pytest.raises(FileNotFoundError if new is None else ValueError, match='model.safetensors.*(copy the folder again|give the folder that)') as e: load_encoder(f)
+    assert '\n' not in str(e.value)
+
+
+def change(f, **kwargs):
+    cfg = json.loads((f/'config.json').read_text())
+    for k,v in kwargs.items():
+        if v is None: del cfg[k]
+        else: cfg[k] = v
+    (f/'config.json').write_text(json.dumps(cfg))
+
+
+FOREIGN = {'text': lambda f: (f/'config.json').write_text('hello'), 'empty': lambda f: (f/'config.json').write_text(''), 'zeros': lambda f: (f/'config.json').write_bytes(bytes(99)),
+           'truncated': lambda f: (f/'config.json').write_text((f/'config.json').read_text()[:50]), 'latin1': lambda f: (f/'config.json').write_bytes(b'{"a": "\xe4"}'),
+           'list': lambda f: (f/'config.json').write_text('[1]'), 'no architecture': lambda f: change(f, architecture=None), 'number': lambda f: change(f, architecture=3),
+           'other architecture': lambda f: change(f, architecture='resnet_19'), 'no arguments': lambda f: change(f, model_args=None),
+           'unknown argument': lambda f: change(f, model_args=dict(size=32, colour='red')), 'arguments of no kind': lambda f: change(f, model_args=[3]),
+           'wrong checksum': lambda f: change(f, weights_sha256='0'*64), 'not ours': lambda f: change(f, architecture='ssl_nb.core.loader.DataInfo'),
+           'no module': lambda f: change(f, architecture='ssl_nb.core.nothing.Net'), 'missing': lambda f: (f/'config.json').unlink()}
+
+@pytest.mark.parametrize('kind', ['image', 'timm', 'text'])
+@pytest.mark.parametrize('what', FOREIGN)
+def test_a_foreign_configuration(saved, tmp_path, kind, what):
+    f = copy_of(saved[0]/kind, tmp_path/'e')
+    FOREIGN[what](f)
+    if what=='no arguments' and kind!='text': return # a timm model without arguments is what it is by default
+    with pytest.raises((ValueError, FileNotFoundError), match='config.json') as e: load_encoder(f)
+    assert '\n' not in str(e.value) and len(str(e.value))<600
+
+
+def test_weights_of_another_encoder(saved, tmp_path):
+    for kind,other in (('image', 'text'), ('text', 'image'), ('timm', 'image'), ('video', 'timm')):
+        f = copy_of(saved[0]/kind, tmp_path/kind)
+        (f/'model.safetensors').write_bytes((saved[0]/other/'model.safetensors').read_bytes())
+        with pytest.raises(ValueError, match='model.safetensors is damaged or of another encoder'): load_encoder(f)
+        change(f, weights_sha256=None)
+        with pytest.raises(ValueError, match='config.json and model.safetensors do not make an encoder'): load_encoder(f)
+
+
+def test_nothing_in_a_folder_is_executed(saved, tmp_path):
+    class Bomb:
+        def __reduce__(self): return exec, (f'open({str(tmp_path/"ran")!r}, "w")',)
+    for kind in ('image', 'text'):
+        f = copy_of(saved[0]/kind, tmp_path/kind)
+        for name in ('pytorch_model.bin', 'model.safetensors'):
+            torch.save({'weight': Bomb()}, f/name)
+            (f/'__init__.py').write_text(f'open({str(tmp_path/"ran")!r}, "w")')
+            if name=='model.safetensors': change(f, weights_sha256=None)
+            try: load_encoder(f)
+            except ValueError: pass
+        (f/'model.safetensors').unlink()
+        with pytest.raises(FileNotFoundError, match='model.safetensors is missing'): load_encoder(f)
+        change(f, architecture='os.system', model_args=dict(command='touch ran'))
+        with pytest.raises((ValueError, FileNotFoundError)): load_encoder(f)
+    assert not (tmp_path/'ran').exists()
+
+
+def test_what_was_saved_stays_until_the_new_one_is_whole(saved, tmp_path, monkeypatch):
+    f = copy_of(saved[0]/'image', tmp_path/'e')
+    before = {p.name: p.read_bytes() for p in f.iterdir()}
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('ssl_nb.core.encoders.write_json', full)
+    with pytest.raises(OSError, match='No space'): save_encoder(create_encoder('small_cnn', IMAGES), f)
+    assert {p.name: p.read_bytes() for p in f.iterdir()}==before
+
+
+def test_the_configuration_says_how_pictures_were_resized(saved):
+    cfg = json.loads((saved[0]/'timm'/'config.json').read_text())
+    assert cfg['pretrained_cfg']['interpolation']=='bilinear' and cfg['pretrained_cfg']['crop_pct']==1
+    data = timm.data.resolve_data_config({}, model=timm.create_model(f'local-dir:{saved[0]/"timm"}', pretrained=True))
+    assert data['interpolation']=='bilinear' and data['input_size']==(3,32,32) and data['mean']==pytest.approx(IMAGES.mean)
+
+
+def test_timm_reads_the_folder_of_a_small_encoder_after_import_ssl_nb(saved, tmp_path):
+    enc,x = saved[1]['image'].eval(),torch.rand(2, 3, 32, 32)
+    with torch.no_grad(): save_file(dict(x=enc.normalize(x), h=enc(x)), tmp_path/'x')
+    code = f'''
+import importlib.util, sys, time
+start = time.perf_counter()
+import ssl_nb
+took = time.perf_counter()-start
+assert took<0.5 and not {{'torch', 'timm', 'ssl_nb.core'}} & set(sys.modules), took
+importlib.util.find_spec('timm') # somebody asks whether it is there
+import timm
+from safetensors.torch import load_file
+assert 'ssl_nb.core' not in sys.modules and not hasattr(ssl_nb, '__all__')
+d = load_file({str(tmp_path/'x')!r})
+model = timm.create_model({'local-dir:' + str(saved[0]/'image')!r}, pretrained=True).eval()
+assert (model(d['x'])-d['h']).abs().max()<1e-5
+'''
+    done = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode==0, done.stderr[-2000:]
