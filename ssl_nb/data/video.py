@@ -6,8 +6,8 @@
 __all__ = ['place_sprites', 'bouncing_digits_dls', 'by_number', 'clip_listing', 'windows', 'video_dls', 'video_dl', 'moving_dls',
            'Video']
 
-# %% ../../nbs/data/06_video.ipynb #b386df13
-import re, warnings
+# %% ../../nbs/data/06_video.ipynb #a6ed4cb0
+import os, re, warnings
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from ..core.encoders import video_encoder
 from ..core.loader import DataInfo, Kind, ResidentDL, channel_stats, cut, make_dls
 from ..core.views import ClipViews
-from .files import (Listing, fits, from_folders, label_columns, label_ids, list_files,
-                               read_table, split_names, three_parts, warn_skipped)
-from .images import ENDINGS, MODES, default_mode, default_size, load_images, probe
+from .files import (Listing, divide, fits, list_files, read_folders, table_listing,
+                               three_parts, warn_left, warn_skipped)
+from .images import ENDINGS, load_images, look
 from .scenes import DIGITS, DIRECTIONS, bounce, draw_clips
 
 # %% ../../nbs/data/06_video.ipynb #15ad34f2
@@ -87,15 +87,22 @@ def by_number(
     "Sort names by the numbers in them, as people do"
     return [(0,int(o),'') if o.isdecimal() else (1,0,o) for o in re.split(r'(\d+)', name) if o]
 
-# %% ../../nbs/data/06_video.ipynb #3e466f51
+# %% ../../nbs/data/06_video.ipynb #308c8b55
 _example = 'DIR/CLIP/FRAME.jpg'
 
-def _frames_of(path):
-    "{clip: its frames in order}, paths relative to the folder"
+def _folder(path):
+    "The folder of clips, also where `path` is the table in it"
+    path = Path(path).expanduser()
+    return path.parent if path.name=='clips.csv' else path
+
+# %% ../../nbs/data/06_video.ipynb #6f485b95
+def _frames_of(path, left=None):
+    "{clip: its frames in order}, paths relative to the folder; `left` gets what is left out"
+    left = {} if left is None else left
     if not path.is_dir():
         raise FileNotFoundError(f'{path} is not a folder; '
                                 f'give a folder of clips, each a folder of frames ({_example})')
-    try: files = list_files(path, ENDINGS, 'images')
+    try: files = list_files(path, ENDINGS, 'images', left=left)
     except ValueError as e:
         raise ValueError(f'{e}. A clip is a folder of frames ({_example}); video files are decoded '
                          f'with: ffmpeg -i clip.mp4 {path}/clip/%04d.jpg') from e
@@ -106,36 +113,36 @@ def _frames_of(path):
     if not clips:
         raise ValueError(f'{len(files)} images lie in {path} itself and none in a folder below it; '
                          f'each clip needs a folder of its own ({_example})')
+    if loose := [f for f in files if '/' not in f]: left['images outside the clips'] = loose
     return {c: sorted(fs, key=by_number) for c,fs in sorted(clips.items())}
 
 # %% ../../nbs/data/06_video.ipynb #4d6ddec6
-def _clip_table(path, clips, label):
-    "(split, labels) of each clip from clips.csv"
+def _clip_table(path, clips, label, left):
+    "The clips with what clips.csv says of each"
     file = path/'clips.csv'
-    t = read_table(file, 'clip').drop_duplicates('clip').set_index('clip')
-    lost = sorted(set(t.index)-set(clips))
-    if len(lost)==len(t):
+    t = table_listing(file, label, 'clips', column='clip')
+    row = {os.path.normpath(c): i for i,c in enumerate(t.files)}
+    lost = sorted(set(row)-set(clips))
+    if len(lost)==len(row):
         raise ValueError(f'none of the clips in {file} is a folder with frames in {path}; '
                          f'for example {lost[:3]}')
-    if lost: warnings.warn(f'{len(lost)} of {len(t)} clips in {file} have no folder with frames '
+    if lost: warnings.warn(f'{len(lost)} of {len(row)} clips in {file} have no folder with frames '
                            f'and are left out: {", ".join(lost[:3])}', stacklevel=4)
-    t = t.reindex(clips)
-    parts = split_names(t.split if 'split' in t else ['']*len(t), file)
-    return parts,label_columns(t, label, file)
+    pick = lambda column, none: [column[row[c]] if c in row else none for c in clips]
+    labels = {k: pick(v, None) for k,v in t.label.items()}
+    return Listing(path, clips, pick(t.split, 'train'), labels, left | t.left, t.notes, 'clips')
 
-# %% ../../nbs/data/06_video.ipynb #fb98c061
+# %% ../../nbs/data/06_video.ipynb #8f204325
 def clip_listing(
     path, # Folder of clips
     label='label' # Column of clips.csv that holds the label, or several
 ): # (Listing whose files are the clips, {clip: its frames in order})
     "Clips, parts and labels of a folder"
-    path = Path(path).expanduser()
-    frames = _frames_of(path)
-    clips = list(frames)
-    if (path/'clips.csv').exists():
-        return Listing(path, clips, *_clip_table(path, clips, label)),frames
-    split,names = from_folders(path, clips)
-    return Listing(path, clips, split, {'class': names}),frames
+    path,left = _folder(path),{}
+    frames = _frames_of(path, left)
+    if (path/'clips.csv').exists(): l = _clip_table(path, list(frames), label, left)
+    else: l = read_folders(path, list(frames), left, 'clips')
+    return l,{c: frames[c] for c in l.files}
 
 # %% ../../nbs/data/06_video.ipynb #6d75e0b6
 def windows(
@@ -147,11 +154,11 @@ def windows(
     files = files[::every]
     return [files[i:i+frames] for i in range(0, len(files)-frames+1, frames)]
 
-# %% ../../nbs/data/06_video.ipynb #ad8e20d0
-def _load(rows, size, mode, root, workers):
-    "(uint8 (R,C,F,H,W), indices of the rows that could be read, failed frames) of rows of frames"
+# %% ../../nbs/data/06_video.ipynb #990884e4
+def _load(rows, size, pixels, root, workers):
+    "(images (R,C,F,H,W), indices of the rows that could be read, failed frames) of rows of frames"
     files = [f for r in rows for f in r]
-    x,good,failed = load_images(files, size, mode, root, workers)
+    x,good,failed = load_images(files, size, pixels, root, workers)
     warn_skipped([files[i] for i in failed], len(files), next(iter(failed.values()), ''))
     n = len(rows[0])
     bad = np.unique(np.array(list(failed), dtype=int)//n)
@@ -189,28 +196,25 @@ def _warn_short(l, frames_of, frames, every):
 def _long_enough(l, frames_of, frames, every):
     "The clips that are in a part and give a sample"
     short = _warn_short(l, frames_of, frames, every)
-    keep = [i for i,c in enumerate(l.files) if c not in short and l.split[i]]
-    if len(keep)<2:
-        raise ValueError(f'{l.root} has {len(keep)} clip(s) of {frames} frames to train on; '
+    keep = [i for i,c in enumerate(l.files) if c not in short]
+    n = sum(bool(l.split[i]) for i in keep)
+    if n<2:
+        raise ValueError(f'{l.root} has {n} clip(s) of {frames} frames to train on; '
                          'at least 2 are needed, one to learn from and one to watch')
-    take = lambda o: [o[i] for i in keep]
-    return Listing(l.root, take(l.files), take(l.split), {k: take(v) for k,v in l.label.items()})
+    return l.take(keep)
 
-# %% ../../nbs/data/06_video.ipynb #e95aa41a
-def _look(rows, root, size, frames, device):
-    "(mode, size) of the frames; `ValueError` where none can be read or all do not fit"
-    seen,failed = probe([r[0] for r in rows], root)
-    first = '; '.join(f'{f}: {w}' for f,w in list(failed.items())[:3])
-    if not seen:
-        raise ValueError(f'none of the {len(failed)} frames tried in {root} can be read ({first})')
-    mode,size = default_mode(seen),size or min(64, default_size(seen))
-    gib = len(rows)*frames*MODES[mode]*size**2/2**30
+# %% ../../nbs/data/06_video.ipynb #e337ca3e
+def _pixels(rows, root, size, frames, device, range):
+    "(pixels, size) of the frames; `ValueError` where none can be read or all do not fit"
+    pixels,found = look([r[0] for r in rows], root, size, range=range)
+    size = size or min(64, found)
+    gib = len(rows)*frames*pixels.nbytes(size)/2**30
     if not fits(gib*2**30, device):
         raise ValueError(f'the clips of {root} need {gib:.1f} GiB of memory at {size} pixels; '
                          'choose a smaller size, a larger every, or a limit')
-    return mode,size
+    return pixels,size
 
-# %% ../../nbs/data/06_video.ipynb #ec38c585
+# %% ../../nbs/data/06_video.ipynb #174fa02e
 def video_dls(
     path, # Folder of clips, each a folder of frames
     frames:int=8, # Frames in a sample
@@ -219,54 +223,56 @@ def video_dls(
     label='label', # Column of clips.csv that holds the label, or several
     bs:int=64, valid:float=0.1, # Batch size; share of the training clips to cut off for valid
     seed:int=0, device=None, workers:int=None, limit:int=None, # As `image_dls`; `limit` of clips
-    name:str=None # Default: the name of the folder
+    name:str=None, range=None # By default that of the folder; as `image_dls`
 )->DataLoaders: # `train`, `valid`, `test` (or None), each with `files`, its samples; `info`
     "DataLoaders of a folder of clips"
     if frames<1 or every<1:
         raise ValueError(f'frames and every must be at least 1, got {frames} and {every}')
     l,frames_of = clip_listing(path, label)
     l = _long_enough(l, frames_of, frames, every)
-    y,classes = label_ids(l.label, len(l.files))
-    chosen = np.sort(np.concatenate(three_parts(l.split, y, valid, limit=limit)))
-    rows,names,clip = _cut_clips(l, frames_of, chosen, frames, every)
-    mode,size = _look(rows, l.root, size, frames, device)
-    info = DataInfo(name or l.root.resolve().stem, kind='video', channels=MODES[mode], size=size,
-                    frames=frames, classes=classes)
-    x,good,info.skipped = _load(rows, size, mode, l.root, workers)
+    y,classes,parts,read = divide(l, valid, limit=limit)
+    rows,names,clip = _cut_clips(l, frames_of, np.sort(np.concatenate(parts)), frames, every)
+    pixels,size = _pixels(rows, l.root, size, frames, device, range)
+    info = DataInfo(name or l.root.resolve().stem, kind='video', channels=pixels.channels,
+                    size=size, frames=frames, classes=classes, range=[*map(list, pixels.range)],
+                    read=read)
+    x,good,info.skipped = _load(rows, size, pixels, l.root, workers)
     names,clip = [names[i] for i in good],np.array(clip)[good]
-    return _divide(x, names, clip, l, y, info, valid, bs, device, seed)
+    return _divide(x, names, clip, l, y, parts, info, valid, bs, device, seed)
 
-# %% ../../nbs/data/06_video.ipynb #ce657c66
-def _divide(x, names, clip, l, y, info, valid, bs, device, seed):
+# %% ../../nbs/data/06_video.ipynb #fbed5e15
+def _divide(x, names, clip, l, y, parts, info, valid, bs, device, seed):
     "DataLoaders of samples (N,C,F,H,W); no clip is divided, and `clip` says which each is from"
     left = np.unique(clip)
     if len(left)<2:
         raise ValueError(f'{l.root} has {len(left)} readable clip(s) to train on; '
                          'at least 2 are needed, one to learn from and one to watch')
-    parts = three_parts([l.split[i] for i in left], y[left], valid)
-    parts = [np.flatnonzero(np.isin(clip, left[p])) for p in parts]
-    parts = [p for p in parts if len(p)]
+    if not all(np.isin(p, left).any() for p in parts[:2]): # nothing of train or valid is left
+        parts = [left[p] for p in three_parts([l.split[i] for i in left], y[left], valid)]
+    parts = [p for p in (np.flatnonzero(np.isin(clip, p)) for p in parts) if len(p)]
     info.mean,info.std = channel_stats(_as_frames(x[torch.from_numpy(parts[0][:500])]))
     xy = [((x[torch.from_numpy(p)],), y[clip[p]]) for p in parts]
     dls = make_dls(xy, info, bs=bs, device=device, seed=seed)
     for dl,p in zip(dls.loaders, parts): dl.files,dl.info = [names[i] for i in p],info
     return dls
 
-# %% ../../nbs/data/06_video.ipynb #60602951
+# %% ../../nbs/data/06_video.ipynb #0d04e9c2
 def video_dl(
     path, # Folder of clips
     info:DataInfo, # Of the encoder's training data: `size`, `channels` and `frames` are used
     bs:int=64, every:int=1, device=None, workers:int=None # As for `video_dls`
 )->ResidentDL: # In the order of its `files`, the names of the samples
     "All clips under a folder, unshuffled, as an encoder trained on `info` wants them"
-    path = Path(path).expanduser()
-    frames_of = _frames_of(path)
-    l = Listing(path, list(frames_of), [''], {})
+    path,left = _folder(path),{}
+    frames_of = _frames_of(path, left)
+    l = Listing(path, list(frames_of), [], {}, left, what='clips')
+    warn_left(l)
     short = _warn_short(l, frames_of, info.frames, every)
     clips = [i for i,c in enumerate(l.files) if c not in short]
     rows,names,_ = _cut_clips(l, frames_of, clips, info.frames, every)
-    seen,_ = probe([r[0] for r in rows], path)
-    x,good,failed = _load(rows, info.size, default_mode(seen, info.channels), path, workers)
+    first = [r[0] for r in rows]
+    pixels,_ = look(first, path, info.size, info.channels, info.range or None)
+    x,good,failed = _load(rows, info.size, pixels, path, workers)
     dl = ResidentDL(x, bs=bs, device=device)
     dl.files,dl.info = [names[i] for i in good],replace(info, skipped=failed)
     return dl
@@ -290,7 +296,7 @@ def moving_dls(
     for dl,c in zip(dls.loaders, drawn): dl.clips = c
     return dls
 
-# %% ../../nbs/data/06_video.ipynb #73e34b3b
+# %% ../../nbs/data/06_video.ipynb #9373e620
 class Video(Kind):
     "Folders of clips (B,C,F,H,W)"
     default_encoder = 'small_video'
@@ -301,7 +307,7 @@ class Video(Kind):
         return video_dls(path, size=size, bs=bs, device=device, seed=seed, limit=limit, **kwargs)
 
     @classmethod
-    def suits(cls, path): return float((Path(path)/'clips.csv').exists())
+    def suits(cls, path): return float((_folder(path)/'clips.csv').exists())
     @classmethod
     def files(cls, path, info, bs=64, device=None, kept=None):
         return video_dl(path, info, bs, device=device)
