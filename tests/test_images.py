@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from ssl_nb.core.loader import DataInfo
-from ssl_nb.data.images import StreamDL, image_dl, image_dls, load_images
+from ssl_nb.data.images import Pixels, StreamDL, image_dl, image_dls, load_images
 
 def image(seed, size=(16,16), channels=3, dtype=np.uint8):
     shape = size[::-1] if channels==1 else (*size[::-1], channels)
@@ -41,9 +41,9 @@ def test_empty_folder(tmp_path):
     assert str(tmp_path) in str(e.value) and '.png' in str(e.value) and 'the folder is empty' in str(e.value)
 
 def test_folder_without_images_says_what_is_there(tmp_path):
-    for n in ('a.txt','b.txt','c.npy','noending'): (tmp_path/n).write_text('x')
+    for n in ('a.txt','b.txt','c.dat','noending'): (tmp_path/n).write_text('x')
     with pytest.raises(ValueError) as e: image_dls(tmp_path)
-    assert all(o in str(e.value) for o in (str(tmp_path), '.jpg', '2 .txt', '1 .npy', '1 without ending'))
+    assert all(o in str(e.value) for o in (str(tmp_path), '.jpg', '2 .txt', '1 .dat', '1 without ending'))
 
 def test_not_a_folder(tmp_path):
     (tmp_path/'notes.txt').write_text('x')
@@ -124,7 +124,7 @@ def test_mixed_modes_follow_the_most_common(tmp_path):
     assert dls.info.channels==1 and messages==[] and sum(dl.n for dl in dls)==12
 
 @pytest.mark.parametrize('make,channels,dtype', [(dict(channels=4),4,torch.uint8), (dict(channels=1),1,torch.uint8),
-                                                 (dict(channels=1, dtype=np.uint16),1,torch.int16)])
+                                                 (dict(channels=1, dtype=np.uint16),1,torch.uint16)])
 def test_channels_and_bits(tmp_path, make, channels, dtype):
     for i in range(8): save(tmp_path/f'{i}.png', image(i, **make))
     dls = image_dls(tmp_path, bs=2)
@@ -136,9 +136,9 @@ def test_channels_and_bits(tmp_path, make, channels, dtype):
 
 def test_any_mode_can_become_any_other(tmp_path):
     deep = image(2, channels=1, dtype=np.uint16)
-    ims = [image(0).convert(m) for m in ('1','L','LA','P','RGB','RGBA','CMYK','I')] + [deep]
+    ims = [image(0).convert(m) for m in ('1','L','LA','P','RGB','RGBA','CMYK')] + [deep]
     files = [save(tmp_path/f'{i}.tif', im) for i,im in enumerate(ims)]
-    for mode,c in (('L',1),('LA',2),('RGB',3),('RGBA',4),('I;16',1)):
+    for mode,c in (('L',1),('LA',2),('RGB',3),('RGBA',4),(Pixels('L',16),1),(Pixels('RGB',16),3)):
         x,_,failed = load_images([f.name for f in files], 16, mode, tmp_path)
         assert failed=={} and x.shape==(len(ims),c,16,16)
 

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['cut', 'ResidentDL', 'to_unit', 'DataInfo', 'one_label', 'Kind', 'find_kinds', 'get_kind', 'make_dls', 'finish_dls',
+           'scaled', 'known_labels', 'class_ids', 'label_ids', 'as_labels', 'classes_of', 'sample_step',
            'channel_stats', 'array_dls', 'digits_dls']
 
-# %% ../../nbs/core/02_loader.ipynb #235e10a1
-import importlib, pkgutil
+# %% ../../nbs/core/02_loader.ipynb #0851e58d
+import importlib, pkgutil, re
 from dataclasses import dataclass, field
-import numpy as np, torch
+from functools import partial
+import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from sklearn.datasets import load_digits
@@ -23,21 +25,27 @@ def cut(
     share:float=0.1, # Share to cut off
     seed:int=0
 ): # (rest, cut off), arrays of indices
-    "Cut a share off at random, the same share of every class where that is possible"
+    "Cut a share off at random, the same of every class if possible; one of each class stays"
     idx,y = np.asarray(idx),np.asarray(y)[idx]
     if y.ndim>1: y = y[:,0] # several labels: the first one counts
-    n = max(1, round(share*len(idx)))
     if len(idx) < 2: raise ValueError(f'cannot cut {len(idx)} sample(s) into train and valid; '
                                       'at least 2 are needed')
-    counts = np.unique(y, return_counts=True)[1]
-    stratify = y if counts.min()>1 and n>=len(counts) and len(idx)-n>=len(counts) else None
-    return train_test_split(idx, test_size=n, random_state=seed, stratify=stratify)
+    of,counts = np.unique(y, return_inverse=True, return_counts=True)[1:]
+    pool,k = np.flatnonzero(counts[of]>1),(counts>1).sum() # a class of one sample stays whole
+    if len(pool)<2: pool,k = np.arange(len(idx)),0
+    n = min(max(1, round(share*len(idx))), len(pool)-1)
+    even = of[pool] if 0<k<=min(n, len(pool)-n) else None
+    rest,part = train_test_split(pool, test_size=n, random_state=seed, stratify=even)
+    rest = np.r_[rest, np.setdiff1d(np.arange(len(idx)), pool)]
+    one = part[np.unique(of[part], return_index=True)[1]]
+    back = one[~np.isin(of[one], of[rest])][:n-1] # the last of their class
+    return idx[np.r_[rest, back]],idx[part[~np.isin(part, back)]]
 
-# %% ../../nbs/core/02_loader.ipynb #05c09c94
+# %% ../../nbs/core/02_loader.ipynb #b904f4e1
 class ResidentDL(DataLoader):
     "Batches cut out of tensors that stay on the device: shuffled by index, no workers, no copies"
     def __init__(self,
-        *x, # One tensor for each part of a sample: uint8 or int16 images, long tokens, float
+        *x, # One tensor for each part of a sample: uint8, uint16 or float images, tokens
         y=None, # Labels (N,), or (N,K) where K things are known of a sample; -1 unknown
         bs:int=256, # Batch size
         shuffle:bool=False, # New order each epoch?
@@ -47,28 +55,55 @@ class ResidentDL(DataLoader):
     ):
         n = len(x[0])
         if n==0: raise ValueError('no samples: x has length 0')
-        y = torch.full((n,), -1) if y is None else torch.as_tensor(np.asarray(y)).long()
+        y = torch.full((n,), -1) if y is None else _numbers(y)
         if any(len(o)!=n for o in (*x,y)):
             raise ValueError(f'x and y differ in length: {[len(o) for o in (*x,y)]}')
-        self.xs,self.y,self.seed,self.epoch = tuple(torch.as_tensor(o) for o in x),y,seed,0
+        self.xs,self.y,self.seed,self.epoch = tuple(map(_known_type, x)),y,seed,0
         bs = min(bs, n)
         super().__init__(list(range(n)), bs=bs, shuffle=shuffle, drop_last=drop_last,
                          device=device or 'cpu')
         self.to(self.device)
 
-# %% ../../nbs/core/02_loader.ipynb #c8ae84ca
+# %% ../../nbs/core/02_loader.ipynb #6293e75f
 def to_unit(
-    x # uint8 or shifted int16 images, or anything else
+    x # uint8 or uint16 images, or anything else
 ): # Float in [0,1] for images, unchanged otherwise
-    "Whole numbers to [0,1]: bytes by 255, shifted 16-bit values by 65535"
+    "Whole numbers to [0,1]: 8 bits by 255, 16 bits by 65535"
     if x.dtype==torch.uint8: return x.float().div_(255)
-    if x.dtype==torch.int16: return x.float().add_(32768).div_(65535)
+    if x.dtype==torch.uint16: return x.float().div_(65535)
     return x.long() if x.dtype==torch.int32 else x
+
+def _rows(x, idx):
+    "Some samples; PyTorch indexes 16 bits everywhere if it takes them for signed"
+    if x.dtype!=torch.uint16: return x.index_select(0, idx)
+    return x.view(torch.int16).index_select(0, idx).view(torch.uint16)
+
+# %% ../../nbs/core/02_loader.ipynb #beea8414
+def _known_type(x):
+    "A tensor of a type whose meaning is known"
+    x = torch.as_tensor(x)
+    ok = x.is_floating_point() or x.dtype in (torch.uint8, torch.uint16)
+    if ok or x.dtype in (torch.int32, torch.int64) and x.ndim<4: return x # or tokens
+    raise ValueError(f'samples of type {str(x.dtype)[6:]} and shape {tuple(x.shape)}: images must '
+                     'be uint8, uint16 or float in [0,1], tokens int32 or int64')
+
+def _array(x):
+    "As an array, also of a tensor on a GPU"
+    if not torch.is_tensor(x): return np.asarray(x)
+    return (x.float() if x.dtype==torch.bfloat16 else x).detach().cpu().numpy()
+
+def _numbers(y):
+    "Labels as a tensor of whole numbers"
+    y = _array(y)
+    if y.dtype.kind in 'iub' or y.dtype.kind in 'f' and (y==np.rint(y)).all():
+        return torch.as_tensor(y.astype(np.int64))
+    raise ValueError(f'labels must be whole numbers, -1 where unknown; got {y.ravel()[:3].tolist()}'
+                     ' (`array_dls` takes labels of any kind)')
 
 # %% ../../nbs/core/02_loader.ipynb #1f9f44f0
 from fastcore.basics import patch
 
-# %% ../../nbs/core/02_loader.ipynb #c878edce
+# %% ../../nbs/core/02_loader.ipynb #9e8e1087
 @patch
 def order(self:ResidentDL):
     "The indices of this epoch, on the device"
@@ -82,7 +117,7 @@ def __iter__(self:ResidentDL):
     self.epoch += 1
     for i in range(len(self)):
         j = idx[i*self.bs:(i+1)*self.bs]
-        xs = [to_unit(x.index_select(0, j)) for x in self.xs]
+        xs = [to_unit(_rows(x, j)) for x in self.xs]
         yield self.after_batch((*xs, self.y.index_select(0, j)))
 
 # %% ../../nbs/core/02_loader.ipynb #eb3deddc
@@ -95,14 +130,14 @@ def to(self:ResidentDL, device):
 def new(self:ResidentDL, dataset=None, cls=None, **kwargs):
     return _copy_extras(self, self._but(self.xs, self.y, **kwargs))
 
-# %% ../../nbs/core/02_loader.ipynb #d1a85c22
+# %% ../../nbs/core/02_loader.ipynb #e0c21882
 @patch
 def take(self:ResidentDL,
     idx # Indices of samples, or a mask (N,)
 ): # A loader like this one
     "A loader of some of the samples"
     idx = torch.arange(self.n, device=self.device)[idx]
-    new = self._but(tuple(x[idx] for x in self.xs), self.y[idx])
+    new = self._but(tuple(_rows(x, idx) for x in self.xs), self.y[idx])
     if 'info' in vars(self): new.info = self.info
     if 'files' in vars(self): new.files = [self.files[i] for i in idx.tolist()]
     return new
@@ -125,7 +160,7 @@ def _copy_extras(old, new):
         if k in vars(old): setattr(new, k, getattr(old, k))
     return new
 
-# %% ../../nbs/core/02_loader.ipynb #8afd8ec0
+# %% ../../nbs/core/02_loader.ipynb #22ed8e9c
 @dataclass
 class DataInfo:
     "What encoders, views and reports need to know about a data set"
@@ -133,6 +168,7 @@ class DataInfo:
     kind:str='images' # name of the notebook in `nbs/data`: 'images', 'text', 'video', ...
     channels:int=3 # of an image
     size:int=32 # side of an image in pixels
+    range:list=field(default_factory=list) # (low, high) of each channel that become 0 and 1
     mean:list=field(default_factory=list) # one per channel, on the training set
     std:list=field(default_factory=list)
     classes:dict=field(default_factory=dict) # label -> names of its classes; empty where unknown
@@ -141,6 +177,7 @@ class DataInfo:
     max_len:int=0 # tokens in a text
     frames:int=0 # of a clip of video
     skipped:int=0 # files that could not be read
+    read:str='' # what the reader made of the folder or table, in one line
     def __post_init__(self):
         if not isinstance(self.classes, dict): # one label without a name
             self.classes = {'class': list(self.classes)} if len(self.classes) else {}
@@ -298,42 +335,184 @@ def finish_dls(loaders, info, device=None):
     dls.info,dls.test = info,(loaders[2] if len(loaders)>2 else None)
     return dls
 
-# %% ../../nbs/core/02_loader.ipynb #76cd6277
-def _as_images(x):
-    x = torch.as_tensor(np.asarray(x))
+# %% ../../nbs/core/02_loader.ipynb #084b1034
+def _as_images(x, range=None, what='x'):
+    "Images (N,C,H,W) as a tensor of bytes, uint16 or float in [0,1]; the error names what is wrong"
+    x = _array(x)
     if x.ndim==3: x = x[:,None]
-    if x.ndim!=4: raise ValueError(f'images must be (N,H,W) or (N,C,H,W), got {tuple(x.shape)}')
-    if not x.is_floating_point(): return x
-    if x.min()<0 or x.max()>1:
-        raise ValueError(f'float images must lie in [0,1], got {x.min():.3g} to {x.max():.3g}; '
-                         'divide by the largest possible value')
-    return (x*255).round().to(torch.uint8)
+    if x.ndim!=4 or 0 in x.shape:
+        raise ValueError(f'images must be (N,H,W) or (N,C,H,W), {what} is {x.shape}')
+    if x.shape[1]==x.shape[2]!=x.shape[3]: x = x.transpose(0,3,1,2) # only so are they square
+    if x.shape[2]!=x.shape[3]:
+        raise ValueError(f'images must be square, {what} has {x.shape[2]}x{x.shape[3]} pixels; '
+                         'crop or resize them first')
+    return torch.from_numpy(np.ascontiguousarray(_unit(x, range, what)))
 
+# %% ../../nbs/core/02_loader.ipynb #5fdae197
+def _unit(x, range, what):
+    "Values whose meaning is known: bytes, uint16, or float in [0,1]"
+    floats,name = x.dtype.kind in 'f',f'{what} of type {x.dtype}'
+    if x.dtype==bool: return x.astype(np.uint8)*255
+    if x.dtype.kind not in 'iuf': raise ValueError(f'{name}: images must be numbers')
+    bad = floats and x.size-np.isfinite(x).sum()
+    if bad: raise ValueError(f'{name} has {bad} values that are NaN or infinite')
+    if range is not None: return scaled(x, *range)
+    if x.dtype in (np.uint8, np.uint16): return x
+    low,high = float(x.min()),float(x.max())
+    if floats and 0<=low and high<=1: return _short(x)
+    raise ValueError(f'{name} has values {low:.6g} to {high:.6g}: float images must lie in [0,1] '
+                     'and whole numbers be uint8 or uint16; or say what is black and what is '
+                     f'white, such as range=({low:.6g}, {high:.6g})')
+
+# %% ../../nbs/core/02_loader.ipynb #61b7d415
+def scaled(
+    x, # Values
+    low:float, high:float # What becomes 0 and 1
+): # float32 in [0,1]; what lies beyond is cut off
+    "Bring a range of values to [0,1]"
+    if not low<high: raise ValueError(f'range must be (low, high), got ({low}, {high})')
+    x = np.subtract(x, low, dtype=np.float64)
+    return np.divide(x, high-low, out=x).clip(0, 1, out=x).astype(np.float32)
+
+def _short(x):
+    "Floats in [0,1]; as bytes where these lose nothing"
+    x = x.astype(np.float32)
+    short = np.rint(x*255).astype(np.uint8)
+    return short if np.abs(short/np.float32(255)-x).max()<1e-6 else x
+
+# %% ../../nbs/core/02_loader.ipynb #00b1a14f
+_unknown = {'','-1','-1.0','nan','na','n/a','<na>','nat','none','null'}
+
+def known_labels(
+    cells # Of a table or a list, of any type
+)->list: # Their text, None for those that say nothing
+    "What labels say, without the many ways to say nothing"
+    return [None if o.lower() in _unknown else o for o in map(_label, cells)]
+
+def _label(cell):
+    "The text of a label of any type; '' where there is none"
+    if pd.api.types.is_scalar(cell) and pd.isna(cell): return ''
+    whole = isinstance(cell, (float, np.floating)) and cell==cell//1
+    return str(int(cell)) if whole and abs(cell)<2**53 else str(cell).strip()
+
+# %% ../../nbs/core/02_loader.ipynb #f153d866
+def class_ids(
+    labels # Class names of any type; None, '', -1 and NaN are unknown
+): # (numbers (N,) with -1 for unknown, sorted names)
+    "Numbers for the classes of one label"
+    names = known_labels(labels)
+    known = set(names)-{None}
+    number = all(re.fullmatch(r'-?[0-9]+([.][0-9]+)?', n) for n in known)
+    classes = sorted(known, key=(lambda n: (float(n), n)) if number else str)
+    if len(classes)<2: return np.full(len(names), -1),[]
+    index = {c: i for i,c in enumerate(classes)}
+    return np.array([index.get(n, -1) for n in names]),classes
+
+def label_ids(
+    labels:dict, # Name -> class names or None, one per sample
+    n:int # Samples
+): # (y (N,) or (N,K), {name: class names}) of the labels of which something is known
+    "Numbers for all labels"
+    ids = {k: class_ids(v) for k,v in labels.items()}
+    ids = {k: v for k,v in ids.items() if v[1]}
+    if not ids: return np.full(n, -1),{}
+    y = np.stack([y for y,_ in ids.values()], 1)
+    return (y[:,0] if len(ids)==1 else y),{k: classes for k,(_,classes) in ids.items()}
+
+# %% ../../nbs/core/02_loader.ipynb #3ceadac9
+def as_labels(
+    y, # Labels (N,), one-hot rows (N,K), or (N,K) where K things are known of a sample; or None
+    n:int, # Samples
+    what:str='y', # Its name, for messages
+    several:bool=False # Is it known that they are K things?
+): # (N,) or (N,K) array
+    "Labels of any kind as an array with one row a sample"
+    y = np.full(n, -1) if y is None else _array(y)
+    if y.ndim not in (1,2) or len(y)!=n:
+        raise ValueError(f'{what} has the shape {y.shape}; {n} labels are needed, one per sample')
+    if y.ndim==1 or y.shape[1]==1: return y.reshape(n)
+    numbers = y.dtype.kind in 'iufb' and set(np.unique(y))<={0,1}
+    one_hot = numbers and (y.sum(1)==1).all() and not several
+    return y.argmax(1) if one_hot else y
+
+# %% ../../nbs/core/02_loader.ipynb #c0ebc1a4
+def classes_of(
+    y, # From `as_labels`
+    classes=None # Names of the classes where `y` numbers them: a list, or label -> list
+): # (numbers (N,) or (N,K), -1 unknown; label -> names of its classes)
+    "Numbers for labels of any kind, and the names of the classes"
+    columns = [c.tolist() for c in np.atleast_2d(y.T)]
+    named = DataInfo(classes=classes or {}).classes
+    if not named:
+        names = ['class'] if y.ndim==1 else [f'label {k}' for k,_ in enumerate(columns)]
+        return label_ids(dict(zip(names, columns)), len(y))
+    if len(named)!=len(columns):
+        raise ValueError(f'y holds {len(columns)} labels and classes names {[*named]}')
+    ids = np.array([_numbered(c, k, named[k]) for c,k in zip(columns, named)]).T
+    return (ids[:,0] if len(named)==1 else ids),named
+
+def _numbered(labels, label, names):
+    "Numbers of labels that are the numbers or the names of known classes"
+    known = {n: i for i,n in enumerate(map(str, names))} | {i: i for i in range(-1, len(names))}
+    lost = [o for o in labels if o not in known and o not in (None,'') and o==o]
+    if not lost: return [known.get(o, -1) for o in labels]
+    raise ValueError(f'{label} {lost[0]!r} is neither a number below {len(names)} nor one of '
+                     f'{", ".join(map(str, names))}')
+
+# %% ../../nbs/core/02_loader.ipynb #3b96a05f
+def sample_step(
+    n:int, # Images
+    nbytes:int # Size of one
+)->int: # Measure each so many-th
+    "Some 2,000 images are enough to measure, and no more than 64 MB of them"
+    return max(1, n//2000, -(-n*nbytes//2**26))
+
+# %% ../../nbs/core/02_loader.ipynb #dde2d277
 def channel_stats(
-    x # Images (N,C,H,W), bytes or floats
+    x # Images (N,C,H,W): bytes, uint16 or floats
 ): # (mean, std), two lists with one number per channel
-    "Mean and standard deviation of each channel in [0,1], over at most 2,000 images"
-    x = to_unit(x[::max(1, len(x)//2000)])
-    return x.mean((0,2,3)).tolist(),x.std((0,2,3)).clamp(min=1e-3).tolist()
+    "Mean and standard deviation of each channel in [0,1] over a sample of the images"
+    each = x[0].numel()
+    idx = torch.arange(len(x), device=x.device)[::sample_step(len(x), each*x.element_size())]
+    few = [_moments(to_unit(_rows(x, i))) for i in idx.split(max(1, 2**23//each))]
+    n,m,s,low,high = (torch.stack(o).double() for o in zip(*few))
+    mean = (n*m).sum(0)/n.sum(0)
+    var = ((n-1)*s**2+n*(m-mean)**2).sum(0)/(n.sum(0)-1).clamp(min=1)
+    largest = high.amax(0)-low.amin(0)
+    std = torch.where(largest>0, var.sqrt().clamp(min=largest/1000), 1) # constant: as it is
+    return mean.tolist(),std.tolist()
 
-# %% ../../nbs/core/02_loader.ipynb #7b52d8d2
+def _moments(x):
+    "Size, mean, deviation, smallest and largest value of each channel (C,)"
+    over = (0,2,3)
+    n = torch.full((x.shape[1],), x[:,0].numel())
+    found = x.mean(over), x.std(over).nan_to_num(), x.amin(over), x.amax(over)
+    return n,*(o.cpu() for o in found)
+
+# %% ../../nbs/core/02_loader.ipynb #a23baf94
 def array_dls(
-    x, # Images (N,C,H,W) or (N,H,W): uint8, or floats in [0,1]
-    y=None, # Labels (N,), -1 unknown
+    x, # Images (N,C,H,W), (N,H,W) or (N,H,W,C): uint8, uint16, or floats in [0,1]
+    y=None, # Labels of any kind (N,); None, NaN, '' or -1 where unknown
     test_x=None, test_y=None, # A test set, where there is one
-    name:str='array', valid:float=0.1, views:dict=None, classes=None,
+    name:str='array', valid:float=0.1, views:dict=None,
+    classes=None, # Names of the classes, where `y` numbers them: a list, or label -> list
+    range:tuple=None, # (low, high): the values that become 0 and 1, for other types than these
     **kwargs # For `make_dls`: bs, device, seed
 )->DataLoaders:
-    "DataLoaders of arrays; `valid` of the training samples are cut off for watching"
-    x = _as_images(x)
-    y = np.full(len(x), -1) if y is None else np.asarray(y)
-    train,val = cut(np.arange(len(x)), y, valid, seed=0)
-    mean,std = channel_stats(x[train])
-    if classes is None: classes = [str(c) for c in sorted(set(y.tolist())-{-1})]
-    info = DataInfo(name, channels=x.shape[1], size=x.shape[-1], mean=mean, std=std,
-                    classes=classes, views=views or {})
-    parts = [((x[i],), y[i]) for i in (train, val)]
-    if test_x is not None: parts.append(((_as_images(test_x),), test_y))
+    "DataLoaders of arrays; the share `valid` of the training samples is cut off for watching"
+    x,n = _as_images(x, range),len(x)
+    test = None if test_x is None else _as_images(test_x, range, 'test_x')
+    if test is not None and test.shape[1:]!=x.shape[1:]: raise ValueError(
+        f'images of test_x are {tuple(test.shape[1:])}, those of x {tuple(x.shape[1:])}')
+    label = partial(as_labels, several=isinstance(classes, dict) and len(classes)>1)
+    y = [label(y, n)]
+    if test is not None: y.append(label(test_y, len(test), 'test_y'))
+    y,classes = classes_of(np.concatenate(y), classes)
+    parts = [((_rows(x, torch.from_numpy(i)),), y[i]) for i in cut(np.arange(n), y[:n], valid)]
+    if test is not None: parts.append(((test,), y[n:]))
+    info = DataInfo(name, channels=x.shape[1], size=x.shape[-1], classes=classes, views=views or {})
+    info.mean,info.std = channel_stats(parts[0][0][0])
+    info.range = [[*map(float, range)]]*info.channels if range else []
     return make_dls(parts, info, **kwargs)
 
 # %% ../../nbs/core/02_loader.ipynb #0187d734
