@@ -15,6 +15,7 @@ from PIL import Image
 from ssl_nb.data.files import (class_ids, divide, folder_listing, list_files, listing, printable, read_table, split_names,
                                table_listing, three_parts, twins)
 from ssl_nb.data.images import image_dl, image_dls
+from ssl_nb.data.pairs import pair_dls_from_table
 from ssl_nb.data.text import text_dls
 from ssl_nb.data.video import clip_listing, video_dls
 
@@ -349,6 +350,17 @@ def test_all_kinds_say_what_they_read(tmp_path):
     for make,name,kwargs in ((image_dls,'images',{}), (video_dls,'clips',dict(frames=4)), (text_dls,'texts',dict(vocab_size=400, test=0.25))):
         dls = make(tmp_path/name, bs=2, **kwargs)
         assert dls.info.read==f'12 {name}: train 8, valid 1 (cut off train), test 3 (cut off train); class: 2 classes (a, b)', name
+
+def test_pairs_divide_images_whatever_they_are_called(tmp_path):
+    for i in range(12): picture(tmp_path/f'{i}.png', i)
+    rows = ''.join(f'{i}.png;it is number {i};{"ab"[i%2]};{"test" if i>8 else ""}\n./{i}.png;here is {i};{"ab"[i%2]};{"test" if i>8 else ""}\n'
+                   for i in range(12))
+    dls,_ = quiet(pair_dls_from_table, table(tmp_path/'t.csv', 'filename;text;label;split\n'+rows), vocab_size=400, bs=2)
+    inside = [{Path(f).name for f in dl.files} for dl in dls]
+    assert [len(dl.files) for dl in dls]==[16,2,6] and not inside[0]&inside[1] and not (inside[0]|inside[1])&inside[2]
+    assert dls.info.read=='24 pairs: train 16, valid 2 (cut off train), test 6; label: 2 classes (a, b)'
+    with pytest.raises(ValueError, match="one file, with split 'train' and 'test'"):
+        pair_dls_from_table(table(tmp_path/'t.csv', 'filename;text;split\n1.png;a;train\n./1.png;b;test\n2.png;c;\n'))
 
 
 # ---- whatever is there

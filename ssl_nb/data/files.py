@@ -6,7 +6,7 @@
 __all__ = ['FOREIGN', 'SPLITS', 'PACKS', 'TABLES', 'FILE', 'ending', 'list_files', 'printable', 'share_of', 'split_of', 'settle',
            'Listing', 'read_folders', 'folder_listing', 'from_folders', 'real_files', 'text_encoding', 'table_kind',
            'read_table', 'split_names', 'label_columns', 'table_listing', 'listing', 'spaced', 'three_parts', 'twins',
-           'divide', 'warn_left', 'warn_skipped', 'free_memory', 'fits']
+           'seen_in_train', 'divide', 'describe', 'warn_left', 'warn_skipped', 'free_memory', 'fits']
 
 # %% ../../nbs/data/01_files.ipynb #637c0213
 import codecs, json, os, re, stat, warnings
@@ -35,6 +35,12 @@ def _entries(folder, left, name):
     return good
 
 # %% ../../nbs/data/01_files.ipynb #2943ec92
+_outputs = {'config.json','checkpoint.pt'},{'config.json','pretext.png'},{'compare.json'}
+
+def _made_here(names):
+    "Is this what a run or a comparison of ours left? Its figures are no samples"
+    return any(o<=names for o in _outputs)
+
 def _walk(folder, left):
     "The ordinary files below a folder; `left` gets what is passed over: reason -> names"
     todo,visits = [('', frozenset())],Counter()
@@ -46,7 +52,11 @@ def _walk(folder, left):
         visits[here] += 1
         if here in above: continue # a link to a folder above it
         if visits[here]>10: left.setdefault('folders linked too often', []).append(name); continue
-        for entry,is_folder in _entries(path, left, name):
+        inside = _entries(path, left, name)
+        if name and _made_here({e for e,_ in inside}):
+            left.setdefault('folders of runs', []).append(name)
+            continue
+        for entry,is_folder in inside:
             if is_folder: todo.append((f'{name}{entry}/', above | {here}))
             else: yield name+entry
 
@@ -540,7 +550,7 @@ def twins(
     whole = [{p: _digest(p) for p in part if next(room)} for part in pieces[::-1]][::-1]
     return list(_alike(*whole)[1])
 
-# %% ../../nbs/data/01_files.ipynb #3340d64d
+# %% ../../nbs/data/01_files.ipynb #4e925d90
 def _few(names, n=3):
     return ', '.join(map(str, names[:n])) + (f' and {len(names)-n} more' if len(names)>n else '')
 
@@ -553,8 +563,11 @@ def _seen(y, names, train):
     lost = [c for i,c in enumerate(names) if i not in seen]
     return new[y],[names[i] for i in seen],f'unknown, as train has none: {_few(lost)}'*bool(lost)
 
-def _seen_in_train(y, classes, train):
-    "(y, classes, notes) with nothing that train does not know"
+def seen_in_train(
+    y, classes, # As `label_ids` gives them
+    train # Indices of the training samples
+): # (y, classes, what was decided, in words)
+    "Labels without the classes of which train has no sample"
     found = {name: _seen(y if y.ndim==1 else y[:,k], names, train)
              for k,(name,names) in enumerate(classes.items())}
     notes = [f'{name}: {note}' for name,(_,_,note) in found.items() if note]
@@ -574,7 +587,7 @@ def _check_train(l):
         raise ValueError(f'{l.root}: cannot cut {n} {l.what} into train and valid; '
                          'at least 2 are needed')
 
-# %% ../../nbs/data/01_files.ipynb #48f5adc6
+# %% ../../nbs/data/01_files.ipynb #f2b824a3
 def divide(
     l:Listing, # From a reader; what is decided here is added to it
     valid:float=0.1, test:float=0.25, # Shares to cut off where the data comes without
@@ -588,22 +601,26 @@ def divide(
     parts = three_parts(l.split, y, valid, test, limit)
     one = [f'{k}: not used: one class only' for k,v in labels.items()
            if any(v) and k not in classes]
-    y,classes,notes = _seen_in_train(y, classes, parts[0])
+    y,classes,notes = seen_in_train(y, classes, parts[0])
     l.notes += one+notes
     if beside := [f for f,s in zip(l.files, l.split) if not s]:
         l.left[f'{l.what} that lie beside the folders train, valid and test'] = beside
     if same := twins(l.root, l.files, parts[0], np.concatenate(parts[1:])):
         l.notes.append(f'{len(same)} held-out {l.what} are byte for byte in train, too')
     warn_left(l)
-    return y,classes,parts,_in_a_line(l, y, classes, parts)
+    return y,classes,parts,describe(l, y, classes, parts)
 
-# %% ../../nbs/data/01_files.ipynb #e21e6b78
+# %% ../../nbs/data/01_files.ipynb #5aaddd1a
 def _what_left(why, names):
     n,more = len(names),_by_ending(names) if why==FOREIGN else _few(names)
     return printable(f'{n} {why} ({more})')
 
-def _in_a_line(l, y, classes, parts):
-    "What was made of the data, in words"
+def describe(
+    l:Listing, # From a reader
+    y, classes, # As `label_ids` gives them
+    parts # [train, valid, test] indices
+)->str:
+    "What was made of the data, in one line"
     own = {'train': '', 'valid': ' (cut off train)', 'test': ' (cut off train)'}
     if 'test' in l.split: own['test'] = ''
     elif 'valid' in l.split: own['test'] = ' (given as valid)'

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from ..core.loader import DataInfo, channel_stats, digits_dls, make_dls
-from .files import (FILE, TABLES, ending, fits, label_columns, label_ids, list_files,
-                               read_table, split_names, table_kind, three_parts, warn_skipped)
+from .files import (FILE, TABLES, Listing, describe, ending, fits, label_columns,
+                               label_ids, list_files, read_table, real_files, seen_in_train,
+                               split_names, table_kind, three_parts, warn_skipped)
 from .images import ENDINGS, Images, load_images, look
 from .scenes import COLOURS as SCENE_COLOURS, DIGITS, PLACES, TEMPLATES, draw_scenes
 from .text import encode, get_tokenizer, keep_tokenizer, kept_tokenizer, read_texts
@@ -166,19 +167,23 @@ def _splits(rows, split, path):
     "The part of each row"
     return split_names(rows.get(split.lower(), ['']*len(rows)), path)
 
-def _labels(rows, label, split, path):
-    "(y, classes); a row that is called unlabelled has no label"
+def _labels(rows, label, split, path, parts):
+    "(y, classes, what is said of them); a row that is called unlabelled has no label"
     y,classes = label_ids(label_columns(rows, label, path), len(rows))
-    y[[s=='unlabelled' for s in _splits(rows, split, path)]] = -1
-    return y,classes
-
-def _divide(rows, image, split, path, valid, limit):
-    "(image files, the file of each row, the files of each part): images are divided, not rows"
-    names = rows[_first(image)].to_numpy(str)
-    files,first,of = np.unique(names, return_index=True, return_inverse=True)
     named = _splits(rows, split, path)
-    parts = three_parts([named[i] for i in first], np.zeros(len(files), int), valid, limit=limit)
-    return files,of,parts
+    y[[s=='unlabelled' for s in named]] = -1
+    y,classes,notes = seen_in_train(y, classes, parts[0])
+    l = Listing(path, rows.index.tolist(), named, {}, notes=notes, what='pairs')
+    return y,classes,describe(l, y, classes, parts)
+
+def _divide(rows, image, split, root, path, valid, limit):
+    "(image files, the file of each row, the files of each part): images are divided, not rows"
+    names,named = rows[_first(image)].tolist(),_splits(rows, split, path)
+    l = Listing(Path(root), names, named, {}).once() # an image in two parts is an error
+    l = l.take(np.argsort(l.files))
+    index = {k: i for i,k in enumerate(real_files(root, l.files))}
+    of = np.array([index[k] for k in real_files(root, names)])
+    return l.files,of,three_parts(l.split, np.zeros(len(l.files), int), valid, limit=limit)
 
 # %% ../../nbs/data/07_pairs.ipynb #1c8bb112
 def _usable(path, of, parts, where):
@@ -215,12 +220,13 @@ def pair_dls_from_table(
     path = Path(path).expanduser()
     if path.is_dir(): path,root = _one_table(path) or path,root or path
     rows,lost = _read_rows(path, image, text, split)
-    files,of,parts = _divide(rows, image, split, path, valid, limit)
-    x,range,where,failed = _load(files.tolist(), root or path.parent, size, channels, device)
+    root = root or path.parent
+    files,of,parts = _divide(rows, image, split, root, path, valid, limit)
+    x,range,where,failed = _load(files, root, size, channels, device)
     use = _usable(path, of, parts, where)
-    y,classes = _labels(rows, label, split, path)
+    y,classes,read = _labels(rows, label, split, path, use)
     info = DataInfo(name or path.stem, 'pairs', x.shape[1], x.shape[-1], classes=classes,
-                    max_len=max_len, skipped=len(failed)+lost, range=range)
+                    max_len=max_len, skipped=len(failed)+lost, range=range, read=read)
     trained = partial(get_tokenizer, tokenizer, vocab_size=vocab_size)
     return _from_rows(rows, x[where[of]], y, use, info, image, text, trained, bs, device, seed)
 
