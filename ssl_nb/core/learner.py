@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['Pretext', 'MethodMetric', 'seed_everything', 'EpochSeed', 'OnlineKNN', 'diagnose', 'explain', 'CollapseMonitor',
-           'Throughput', 'NanGuard', 'HistoryLog', 'save_atomic', 'plain', 'Checkpoint', 'decay_groups',
-           'precision_cbs', 'ssl_learner']
+           'Throughput', 'NanGuard', 'HistoryLog', 'TableLines', 'can_draw', 'save_atomic', 'read_state', 'plain',
+           'loose_buffers', 'Checkpoint', 'decay_groups', 'precision_cbs', 'ssl_learner']
 
-# %% ../../nbs/core/08_learner.ipynb #caf81965
-import math, os, random, time, warnings
+# %% ../../nbs/core/08_learner.ipynb #67b79eb4
+import math, os, random, sys, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
-from fastcore.basics import patch
+from fastcore.basics import IN_NOTEBOOK, patch
 from fastai.learner import Learner, ValueMetric, Metric
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
@@ -24,9 +24,9 @@ from fastai.torch_core import find_bs, to_detach, noop
 from .common import whole_file
 from .loader import DataInfo, one_label
 from .measures import encode, feature_std, knn_predict, rankme
-from .method import Method, asked
+from .method import Method, asked, looking
 
-# %% ../../nbs/core/08_learner.ipynb #257a8b33
+# %% ../../nbs/core/08_learner.ipynb #37902217
 class Pretext(Callback):
     "Ask the method's question: replace each batch by what `pretext` makes of it"
     order = 11 # inside the autocast of `MixedPrecision`, which has order 10
@@ -38,14 +38,15 @@ class Pretext(Callback):
         if find_bs(self.xb) < self.method.min_batch: return self._too_small()
         batch = asked(self.method, (*self.xb, *self.yb))
         with torch.no_grad(): inputs,self.targets = self.method.pretext(*batch)
-        self.n = find_bs(self.xb)
-        self.learn.xb,self.learn.yb = inputs,self.targets or self.yb
+        self.n,self.learn.xb = find_bs(self.xb),inputs
 
     def loss_func(self, pred, *_): return self.method.loss(pred, *self.targets)
     def after_step(self): self.method.update(self.pct_train)
 
     def _too_small(self):
-        if not self.training: raise CancelBatchException
+        if not self.training:
+            self.learn.yb = () # nothing to count
+            raise CancelBatchException
         name,least = type(self.method).__name__,self.method.min_batch
         raise ValueError(f'{name} compares samples with each other and needs batches of at least '
                          f'{least}, got {find_bs(self.xb)}; raise batch_size')
@@ -64,18 +65,16 @@ class MethodMetric(Metric):
     @property
     def name(self): return self._name
 
-# %% ../../nbs/core/08_learner.ipynb #ab0bb9a3
+# %% ../../nbs/core/08_learner.ipynb #8e405efe
 @patch
 @torch.no_grad()
 def before_fit(self:Pretext):
     if any(isinstance(m, MethodMetric) for m in self.learn.metrics): return
-    training = self.method.training
-    batch = self.learn._set_device(self.dls.valid.one_batch())
-    if len(batch[0]) < self.method.min_batch: return
-    self.method.eval()
-    inputs,targets = self.method.pretext(*asked(self.method, batch))
-    names = list(self.method.metrics(self.method(*inputs), *targets))
-    self.method.train(training)
+    with looking(self.method) as m:
+        batch = self.learn._set_device(self.dls.valid.one_batch())
+        if len(batch[0]) < m.min_batch: return
+        inputs,targets = m.eval().pretext(*asked(m, batch))
+        names = list(m.metrics(m(*inputs), *targets))
     self.learn.metrics = self.learn.metrics + [MethodMetric(self, n) for n in names]
 
 # %% ../../nbs/core/08_learner.ipynb #af1049ec
@@ -114,13 +113,14 @@ class OnlineKNN(Callback):
     @property
     def method(self): return self.learn.pretext.method
 
-# %% ../../nbs/core/08_learner.ipynb #151300db
+# %% ../../nbs/core/08_learner.ipynb #a90210f4
 @patch
 def after_validate(self:OnlineKNN):
     self.value = None
     if self.epoch % self.every and self.epoch != self.n_epoch-1: return
     info = getattr(self.dls, 'info', DataInfo())
-    seen = [encode(self.method.encoder, dl, self.n) for dl in (self.bank, self.dls.valid)]
+    with looking(self.method.encoder) as net:
+        seen = [encode(net, dl, self.n) for dl in (self.bank, self.dls.valid)]
     (h,y),(vh,vy) = [(h, one_label(y, info, self.label)) for h,y in seen]
     known,vknown = y>=0,vy>=0
     if not known.any() or not vknown.any(): return
@@ -187,7 +187,7 @@ class CollapseMonitor(Callback):
     @property
     def method(self): return self.learn.pretext.method
 
-# %% ../../nbs/core/08_learner.ipynb #51d1baf7
+# %% ../../nbs/core/08_learner.ipynb #3a19660b
 @patch
 def before_fit(self:CollapseMonitor):
     self.diagnosis,self.cause = None,None
@@ -199,7 +199,7 @@ def before_fit(self:CollapseMonitor):
 @patch
 def after_validate(self:CollapseMonitor):
     if self.epoch % self.every and self.epoch != self.n_epoch-1: return
-    h,_ = encode(self.method.encoder, self.dls.valid, self.n)
+    with looking(self.method.encoder) as net: h,_ = encode(net, self.dls.valid, self.n)
     if len(h)<self.least: return
     self.std,self.rank = feature_std(h).item(),rankme(h).item()
     numbers = dict(std=self.std, rank=self.rank, dim=h.shape[1], z_std=self.z_std)
@@ -222,7 +222,7 @@ class Throughput(Callback):
         if self.training: self.n += self.learn.pretext.n
     def after_train(self): self.value = round(self.n/(time.perf_counter()-self.start))
 
-# %% ../../nbs/core/08_learner.ipynb #053b037d
+# %% ../../nbs/core/08_learner.ipynb #ad9b4cf1
 class NanGuard(Callback):
     "Stop with a message when the loss is not finite; a checkpoint already written stays good"
     order,run_valid = 51,False
@@ -232,16 +232,23 @@ class NanGuard(Callback):
         saved = ckpt is not None and ckpt.path.exists()
         kept = f' The last good checkpoint is {ckpt.path}.' if saved else ''
         lr = self.opt.hypers[-1]['lr']
-        raise FloatingPointError(f'the loss is {float(self.loss)} in epoch {self.epoch}, '
+        raise FloatingPointError(f'the loss is {self.learn.loss.item()} in epoch {self.epoch}, '
                                  f'batch {self.iter}, at learning rate {lr:.2g}; '
                                  f'try a tenth of it, GradientClip, or a larger batch.{kept}')
 
-# %% ../../nbs/core/08_learner.ipynb #d494c0e3
+# %% ../../nbs/core/08_learner.ipynb #833f3436
 class HistoryLog(Callback):
     "Every epoch's row of the training table, in `learn.history` and in a CSV file"
     order = 52
     def __init__(self, path=None): self.path = path
     def before_fit(self): self.learn.history = []
+    def before_train(self): self.total,self.seen = 0.,0
+    def after_batch(self):
+        if not self.training: return
+        n,loss = self.learn.pretext.n,self.learn.loss.detach().float()
+        self.total,self.seen = self.total+n*loss,self.seen+n
+    def after_train(self):
+        if self.seen: self.recorder.log[1] = float(self.total/self.seen)
     def after_epoch(self):
         values = list(self.recorder.values[-1])
         if not values: return # an epoch that was skipped because it is done already
@@ -251,15 +258,46 @@ class HistoryLog(Callback):
         if not self.path: return
         with whole_file(self.path) as f: pd.DataFrame(self.learn.history).to_csv(f, index=False)
 
-# %% ../../nbs/core/08_learner.ipynb #da9bd4a2
+# %% ../../nbs/core/08_learner.ipynb #dc5b96fe
+class TableLines(Callback):
+    "The training table line by line, without bars, for an output that is a file"
+    order,old = 60,None
+    def before_fit(self):
+        self.old,names = self.learn.logger,list(self.recorder.metric_names)
+        if self.old is noop: return
+        self.widths = [max(10, len(n))+2 for n in names]
+        self.learn.logger = self.line
+        self.line(names)
+    def line(self, row):
+        cells = [f'{v:.6f}' if isinstance(v, float) else str(v) for v in row]
+        print(''.join(c.ljust(w) for c,w in zip(cells, self.widths)).rstrip(), flush=True)
+    def after_fit(self): self.learn.logger = self.old
+
+def can_draw()->bool:
+    "Is there someone to see a progress bar?"
+    return bool(IN_NOTEBOOK) or bool(sys.stdout and sys.stdout.isatty())
+
+# %% ../../nbs/core/08_learner.ipynb #7e65925c
 def save_atomic(
     state, # Tensors, numbers, strings, lists and dicts
     path # Where to
 ):
     "Save with torch, on the disk before the file takes its name"
     with whole_file(path) as tmp, open(tmp, 'wb') as f:
-        torch.save(state, f)
+        try: torch.save(state, f)
+        except RuntimeError as e: raise e.__context__ or e # torch hides that the disk is full
         f.flush(); os.fsync(f.fileno())
+
+def read_state(
+    path # A file of `save_atomic`
+)->dict:
+    "What was saved; `ValueError` that names the file if it is damaged"
+    try:
+        with zipfile.ZipFile(path) as z: bad = z.testzip() # compares the checksums
+        if not bad: return torch.load(path, map_location='cpu', weights_only=True)
+    except (FileNotFoundError, PermissionError, MemoryError): raise
+    except Exception as e: bad = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
+    raise ValueError(f'{path} is damaged, or no checkpoint ({bad}); delete it and start again')
 
 # %% ../../nbs/core/08_learner.ipynb #3fa6330d
 def plain(x):
@@ -268,7 +306,23 @@ def plain(x):
     if isinstance(x, (list,tuple)): return type(x)(plain(v) for v in x)
     return x.item() if isinstance(x, np.generic) else x
 
-# %% ../../nbs/core/08_learner.ipynb #aff1f6b5
+# %% ../../nbs/core/08_learner.ipynb #75931c11
+def loose_buffers(
+    method # A `Method`
+)->dict: # Name -> tensor
+    "Buffers that `state_dict` leaves out"
+    kept = method.state_dict()
+    return {k: b for k,b in method.named_buffers() if k not in kept}
+
+def _check_fit(path, there, here):
+    "`ValueError` if the tensors of a checkpoint are not those of the method"
+    shape = lambda state, k: str(tuple(state[k].shape)) if k in state else 'missing'
+    for k in [*here, *there]:
+        a,b = shape(there, k),shape(here, k)
+        if a != b: raise ValueError(f'{path} belongs to another method, encoder or data set: '
+                                    f'{k} is {a} in the file and {b} here')
+
+# %% ../../nbs/core/08_learner.ipynb #508489ba
 class Checkpoint(Callback):
     "Save everything that training depends on, and go on from there"
     order = 70
@@ -291,29 +345,62 @@ class Checkpoint(Callback):
         last = self.epoch==self.n_epoch-1
         if last or time.monotonic()-self.last >= self.seconds: self.save()
 
-# %% ../../nbs/core/08_learner.ipynb #c7708757
+    def after_fit(self): self.learn.logger = self._logger
+
+# %% ../../nbs/core/08_learner.ipynb #db54eeb0
 @patch
 def save(self:Checkpoint):
-    model = self.learn.pretext.method.state_dict()
+    method = self.learn.pretext.method
+    model,loose = method.state_dict(),loose_buffers(method)
     if not all(t.isfinite().all() for t in model.values() if t.is_floating_point()):
         raise FloatingPointError(f'weights are no longer finite after epoch {self.epoch}; '
                                  f'{self.path} was not overwritten')
     seeds,opt = self.learn.epoch_seed,plain(self.opt.state_dict())
     save_atomic(dict(model=model, opt=opt, done=seeds.done, seed=seeds.seed, epoch=self.epoch+1,
-                     n_epoch=self.n_epoch, history=self.learn.history), self.path)
+                     n_epoch=self.n_epoch, history=self.learn.history, loose=loose,
+                     **self._collected()), self.path)
     self.last = time.monotonic()
 
 @patch
+def _collected(self:Checkpoint):
+    "Gradients of batches that wait for their step (`GradientAccumulation`), and how many samples"
+    grads = {k: p.grad for k,p in self.learn.pretext.method.named_parameters()}
+    waits = getattr(self.learn, 'gradient_accumulation', None)
+    return dict(grads={k: g for k,g in grads.items() if g is not None},
+                waiting=waits.count if waits else 0)
+
+# %% ../../nbs/core/08_learner.ipynb #05ce0a9b
+_parts = 'model','opt','done','seed','epoch','n_epoch','history','loose','grads','waiting'
+
+@patch
 def load(self:Checkpoint):
-    state = torch.load(self.path, map_location='cpu', weights_only=True)
+    state,method = read_state(self.path),self.learn.pretext.method
+    if not isinstance(state, dict) or not {*_parts} <= {*state}: raise ValueError(
+        f'{self.path} is no checkpoint of this version; delete it and start again')
     if state['n_epoch'] != self.n_epoch:
         raise ValueError(f'{self.path} belongs to a run of {state["n_epoch"]} epochs, '
                          f'not {self.n_epoch}; the schedule would differ')
-    self.learn.pretext.method.load_state_dict(state['model'])
+    _check_fit(self.path, state['model'], method.state_dict())
+    method.load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
     self.learn.epoch_seed.done,self.learn.epoch_seed.seed = state['done'],state['seed']
     self.start,self.learn.history = state['epoch'],state['history']
+    self._put_back(method, state)
+    if self._logger is not noop:
+        print(f'going on after epoch {self.start} of {self.n_epoch} ({self.path})', flush=True)
     self.learn.logger = noop # no empty rows for the epochs that are done
+
+# %% ../../nbs/core/08_learner.ipynb #912adacc
+@patch
+def _put_back(self:Checkpoint, method, state):
+    "What is no part of `state_dict`: loose buffers, and gradients that wait"
+    for name,b in loose_buffers(method).items():
+        owner,_,leaf = name.rpartition('.')
+        setattr(method.get_submodule(owner), leaf, state['loose'][name].to(b.device))
+    for name,g in state['grads'].items():
+        p = method.get_parameter(name)
+        p.grad = g.to(p.device)
+    if state['waiting']: self.learn.gradient_accumulation.count = state['waiting']
 
 # %% ../../nbs/core/08_learner.ipynb #a24ee5e8
 def decay_groups(
@@ -332,7 +419,7 @@ def precision_cbs(
     fast = device.type=='cuda' and torch.cuda.get_device_capability(device)[0] >= 8
     return [MixedPrecision('bf16')] if fast else []
 
-# %% ../../nbs/core/08_learner.ipynb #142d192c
+# %% ../../nbs/core/08_learner.ipynb #369c5182
 def ssl_learner(
     dls, # DataLoaders with batches (*x, y)
     method, # A `Method`
@@ -347,13 +434,13 @@ def ssl_learner(
     "A fastai `Learner` that trains a self-supervised method with AdamW and watches its features"
     recipe,glue = method.recipe,Pretext(method)
     device = getattr(dls, 'device', None) or getattr(dls.train, 'device', None) or 'cpu'
-    adamw = partial(torch.optim.AdamW, fused=torch.device(device).type=='cuda')
-    opt = partial(OptimWrapper, opt=adamw)
-    wd = recipe['wd'] if wd is None else wd
+    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused='cuda' in str(device)))
     watch = [CollapseMonitor(every=every), OnlineKNN(every=every)] if every else []
-    wds = [wd if g[0].ndim>1 else 0. for g in decay_groups(method)]
-    if 'moms' in recipe: kwargs = dict(moms=recipe['moms']) | kwargs
-    own = [glue, EpochSeed(seed), Throughput(), NanGuard(), HistoryLog(path)]
-    return Learner(dls, method, loss_func=glue.loss_func, opt_func=opt, splitter=decay_groups,
-                   lr=lr or recipe['lr'], wd=wds,
-                   cbs=[*own, *watch, *precision_cbs(device), *(cbs or [])], **kwargs)
+    wd = recipe['wd'] if wd is None else wd
+    wd = [wd if g[0].ndim>1 else 0. for g in decay_groups(method)]
+    kwargs = {k: recipe[k] for k in ('moms',) if k in recipe} | kwargs
+    own = [glue, EpochSeed(seed), Throughput(), NanGuard(), HistoryLog(path), *watch]
+    cbs = [*own, *precision_cbs(device), *(cbs or [])]
+    learn = Learner(dls, method, loss_func=glue.loss_func, opt_func=opt, splitter=decay_groups,
+                    lr=lr or recipe['lr'], wd=wd, cbs=cbs, **kwargs)
+    return learn if can_draw() else learn.remove_cb(ProgressCallback).add_cb(TableLines())

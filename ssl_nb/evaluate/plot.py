@@ -6,15 +6,16 @@
 __all__ = ['PANELS', 'show_image', 'show_rows', 'show_pretext', 'plot_training', 'plot_embedding', 'show_neighbours',
            'code_lines', 'show_parts']
 
-# %% ../../nbs/evaluate/02_plot.ipynb #1d27d25d
+# %% ../../nbs/evaluate/02_plot.ipynb #feab6f6a
 import inspect, re, textwrap
 import matplotlib.pyplot as plt
 import torch
 from sklearn.manifold import TSNE
 from ..core.common import did_you_mean
+from ..core.learner import seed_everything
 from ..core.loader import get_kind
 from ..core.measures import encode, nearest_ids
-from ..core.method import asked, get_method
+from ..core.method import asked, get_method, looking
 
 # %% ../../nbs/evaluate/02_plot.ipynb #12556285
 def show_image(
@@ -48,7 +49,7 @@ def show_rows(
     fig.tight_layout(pad=0.3)
     return fig
 
-# %% ../../nbs/evaluate/02_plot.ipynb #c479c444
+# %% ../../nbs/evaluate/02_plot.ipynb #260ba58b
 def show_pretext(
     method, # A `Method`
     dls, # DataLoaders of its data, or a batch (*x, y)
@@ -56,13 +57,14 @@ def show_pretext(
     seed:int=0
 ):
     "The pretext task: the clean samples, what the network sees, what it is asked"
-    batch = dls if isinstance(dls, tuple) else dls.one_batch()
-    batch,info = [o[:max(n, method.min_batch)] for o in batch],getattr(dls, 'info', None)
-    x = batch[:-1]
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    info = getattr(dls, 'info', None)
+    with torch.no_grad(), looking(method) as method:
+        seed_everything(seed)
+        batch = dls if isinstance(dls, tuple) else dls.one_batch()
+        batch = [o[:max(n, method.min_batch)] for o in batch]
         inputs,targets = method.pretext(*asked(method, batch))
-    rows = {k: _to_look_at(v, info) for k,v in method.show(x, inputs, targets).items()}
+        shown = method.show(batch[:-1], inputs, targets)
+    rows = {k: _to_look_at(v, info) for k,v in shown.items()}
     images = {k: v for k,v in rows.items() if torch.is_tensor(v)}
     words = {k: v for k,v in rows.items() if k not in images}
     titles = [', '.join(map(str, t)) for t in zip(*words.values())]
