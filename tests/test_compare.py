@@ -1,8 +1,15 @@
 "`ssl_nb compare` as a user meets it: folders with and without labels, what does not fit, going on where it stopped."
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from PIL import Image
 
@@ -78,8 +85,63 @@ def test_several_seeds_are_one_row_and_say_so(tmp_path, capsys):
 
 @pytest.mark.parametrize('args,message', [(['--data', 'nowhere'], "no data at 'nowhere'"), (['--methods', 'simcrl'], 'did you mean simclr'),
                                           (['--methods', 'rotation,bert'], 'images and text'), (['--epochs', '0'], 'epochs must be at least 1'),
-                                          (['--size', '0'], 'size must be at least 1'), (['--seeds', '0'], 'seeds must be at least 1'),
+                                          (['--size', '0'], 'size must be at least 4'), (['--seeds', '0'], 'seeds must be at least 1'),
                                           (['--data', 'digits:3,x'], "unknown class of digits 'x'")])
 def test_bad_arguments(args, message, capsys):
     assert main(['compare', *args]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def compared(tmp_path_factory):
+    here = tmp_path_factory.mktemp('compared')
+    cfg = settings(photos(here/'photos'), epochs=1, samples=1000, device='cpu')
+    compare(cfg, ['rotation'], here/'out', workers=1, bar=False)
+    return here
+
+
+@pytest.mark.parametrize('file', ['compare.json', 'neighbours/rotation-0.npy'])
+@pytest.mark.parametrize('how', ['truncated', 'empty', 'zeros', 'text', 'flipped', 'missing'])
+def test_damaged_results_are_named(compared, tmp_path, file, how, capsys):
+    if (file, how) in (('compare.json', 'missing'), ('neighbours/rotation-0.npy', 'flipped')): pytest.skip('begins anew; changes one neighbour')
+    out = Path(shutil.copytree(compared/'out', tmp_path/'out'))
+    b = (out/file).read_bytes()
+    at = b.index(b'"rankme"')+15 if file=='compare.json' else 0
+    flipped = b[:at] + bytes([b[at]^1]) + b[at+1:]
+    if how == 'missing': (out/file).unlink()
+    else: (out/file).write_bytes(dict(truncated=b[:len(b)//2], empty=b'', zeros=bytes(len(b)), text=b'nothing of this\n', flipped=flipped)[how])
+    capsys.readouterr()
+    assert run(compared/'photos', out, '--methods', 'rotation') == 2
+    err = capsys.readouterr().err
+    assert str(out/file) in err and 'compare again' in err and err.count('\n') == 1
+
+
+def test_output_folder_is_tried_first(tmp_path, capsys):
+    (tmp_path/'file').write_text('')
+    start = time.perf_counter()
+    assert run(photos(tmp_path/'photos'), tmp_path/'file'/'out', '--methods', 'rotation') == 2
+    assert 'cannot write to the output folder' in capsys.readouterr().err and time.perf_counter()-start < 5
+
+
+def test_failed_comparison_leaves_no_folder(tmp_path, capsys):
+    (tmp_path/'empty').mkdir()
+    assert run(tmp_path/'empty', tmp_path/'a'/'out', '--methods', 'rotation') == 2
+    assert not (tmp_path/'a').exists() and str(tmp_path/'empty') in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(how, tmp_path):
+    "However the comparison is killed, none of its processes is left, not even in the middle of a job"
+    (tmp_path/'job.py').write_text('import pathlib, time\nfrom ssl_nb.app.runner import run_all\n'
+                                   'def work(i):\n    pathlib.Path(f"begun{i}").touch()\n    time.sleep(300)\n'
+                                   'if __name__=="__main__": list(run_all(work, [(0,),(1,)], 2, bar=False))')
+    parent = subprocess.Popen([sys.executable, '-W', 'ignore', 'job.py'], cwd=tmp_path)
+    while not all((tmp_path/f'begun{i}').exists() for i in (0, 1)): time.sleep(0.1)
+    me = psutil.Process(parent.pid)
+    everything = me.children(recursive=True)
+    assert len(everything) >= 2
+    parent.send_signal(how)
+    parent.wait()
+    _, alive = psutil.wait_procs(everything, timeout=20)
+    for p in alive: p.kill()
+    assert not alive

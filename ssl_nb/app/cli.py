@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/app/05_cli.ipynb #2fb6df97
+# %% ../../nbs/app/05_cli.ipynb #ded49dbe
 import argparse, sys
+from ..core.common import stoppable
 
 # %% ../../nbs/app/05_cli.ipynb #bb538f57
 def parser()->argparse.ArgumentParser:
@@ -26,7 +27,7 @@ def parser()->argparse.ArgumentParser:
 def _device(p): p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
 def _encoder(p, default): p.add_argument('--encoder', metavar='TIMM_NAME', help=default)
 
-# %% ../../nbs/app/05_cli.ipynb #9d732d5a
+# %% ../../nbs/app/05_cli.ipynb #83813391
 def _pretrain_args(p):
     p.add_argument('method', metavar='METHOD', help='name of a method: see `ssl_nb methods`')
     p.add_argument('--data', metavar='DIR', help='folder or table of images, texts, clips or '
@@ -38,11 +39,14 @@ def _pretrain_args(p):
     p.add_argument('--lr', type=float, help='largest learning rate of the one-cycle schedule')
     p.add_argument('--size', type=int, help='side of the images in pixels (default: from the data)')
     _device(p)
-    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--seed', type=int, help='default: 0')
     p.add_argument('--out', metavar='DIR', help='folder of the run (default: a free one in runs/)')
     p.add_argument('--save-seconds', type=float, default=5.,
                    help='seconds between two checkpoints (default: 5)')
-    p.add_argument('--resume', action='store_true', help='go on with the run in --out')
+    p.add_argument('--resume', action='store_true', help='go on with the run in --out, as it was '
+                   'begun (without --out: the newest of this method on this data in runs/)')
+    p.add_argument('--from', dest='start_from', metavar='RUN', help='train further: a new run '
+                   'with the weights of RUN and a one-cycle schedule of its own over --epochs')
 
 # %% ../../nbs/app/05_cli.ipynb #2242b40b
 def _compare_args(p):
@@ -78,11 +82,12 @@ def _docs_args(p):
     p.add_argument('--readme', action='store_true',
                    help='write README.md from nbs/index.ipynb instead')
 
-# %% ../../nbs/app/05_cli.ipynb #8f26ddea
+# %% ../../nbs/app/05_cli.ipynb #4693df3c
 def _pretrain(a):
     from ssl_nb.app.run import pretrain
-    pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, encoder=a.encoder, epochs=a.epochs,
-             batch_size=a.batch_size, lr=a.lr, size=a.size, device=a.device, seed=a.seed)
+    pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, a.start_from, encoder=a.encoder,
+             epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, size=a.size, device=a.device,
+             seed=a.seed)
 
 def _compare(a):
     from ssl_nb.app.compare import compare_folder
@@ -109,7 +114,7 @@ def _docs(a):
     from ssl_nb.app.docs import build_docs, make_readme
     print(make_readme() if a.readme else build_docs(a.out))
 
-# %% ../../nbs/app/05_cli.ipynb #7d7dbe40
+# %% ../../nbs/app/05_cli.ipynb #ed40cf2e
 def main(
     args=None # List of str; by default those of the process
 )->int: # Exit code
@@ -117,14 +122,14 @@ def main(
     a = parser().parse_args(args)
     commands = dict(pretrain=_pretrain, compare=_compare, methods=_methods, report=_report,
                     embed=_embed, docs=_docs)
-    try: commands[a.command](a)
+    try:
+        with stoppable(): commands[a.command](a)
     except (ValueError, OSError, FloatingPointError) as e:
-        last = str(e).split('\n')[-1].strip() if 'Exception occured' in str(e) else e
-        print(f'ssl_nb: {last}', file=sys.stderr)
+        last = str(e).split('\n')[-1].strip() if 'Exception occured' in str(e) else str(e)
+        print('ssl_nb:', ' '.join(last.split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        how = dict(pretrain='; go on with the same command and --resume',
-                   compare='; the same command goes on')
-        print('\nstopped' + how.get(a.command, ''), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e: # `pretrain` has said how to go on
+        how = dict(compare='\nstopped; the same command goes on', pretrain='')
+        print(how.get(a.command, '\nstopped'), file=sys.stderr)
+        return 128 + (e.args[0] if e.args else 2)
     return 0

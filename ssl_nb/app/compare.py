@@ -6,14 +6,14 @@
 __all__ = ['label_free', 'evidence', 'overlap', 'agreement', 'view_agreement', 'few_label_score', 'measure', 'compare',
            'free_score', 'ranking', 'text_ranking', 'figure', 'close_calls', 'advice', 'compare_folder']
 
-# %% ../../nbs/app/03_compare.ipynb #f8ef298f
+# %% ../../nbs/app/03_compare.ipynb #32fcfccd
 import shlex
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from .checks import check_settings, write_record
 from .run import builtin_data
 from .runner import candidates, references, run_many, settings
-from ..core.common import write_json
 from ..core.learner import seed_everything
 from ..core.loader import one_label
 from ..core.measures import encode, feature_std, nearest_ids, rankme
@@ -90,7 +90,7 @@ def measure(
     if score: numbers |= dict(zip(('probe','± probe'), score))
     return numbers,nearest_ids(h[:n], torch.arange(n, device=h.device), min(10, n-1)).cpu()
 
-# %% ../../nbs/app/03_compare.ipynb #e7b1dcfa
+# %% ../../nbs/app/03_compare.ipynb #1d86a0db
 def compare(
     cfg:dict, # From `settings`
     methods=None, # Names, perhaps with settings ('simclr:temp=0.1'); None takes all that fit
@@ -106,11 +106,12 @@ def compare(
     results = run_many(cfg, names, file, seeds, measure, keep, workers, bar)
     runs = results['runs']
     for seed in {r['seed'] for r in runs}: _agreed([r for r in runs if r['seed']==seed], out)
-    write_json(file, results)
+    write_record(file, results)
     return results
 
-# %% ../../nbs/app/03_compare.ipynb #2c6e24f3
+# %% ../../nbs/app/03_compare.ipynb #ea038995
 def _folder(out, cfg):
+    check_settings(out=out)
     return Path(out or f'runs/compare-{Path(cfg["data"]).stem}').expanduser()
 
 def _file(out, r): return out/'neighbours'/f'{r["method"]}-{r["seed"]}.npy'
@@ -121,10 +122,17 @@ def _keep(out, numbers, near):
     _file(out, numbers).parent.mkdir(exist_ok=True)
     np.save(_file(out, numbers), near.numpy().astype(np.int16))
 
+# %% ../../nbs/app/03_compare.ipynb #7cd229eb
+def _near(out, r):
+    file = _file(out, r)
+    try: return torch.from_numpy(np.load(file))
+    except (OSError, ValueError, EOFError) as e: raise ValueError(
+        f'{file} is damaged or missing ({e}); delete {out} and compare again') from e
+
 def _agreed(runs, out):
     "Fill in the agreement of the runs of one seed"
     runs = [r for r in runs if 'error' not in r]
-    near = {r['method']: torch.from_numpy(np.load(_file(out, r))) for r in runs}
+    near = {r['method']: _near(out, r) for r in runs}
     judges = [r['method'] for r in runs if not r.get('diagnosis') and r['method'] not in references]
     agreed = agreement(near, judges)
     for r in runs: r['agreement'] = agreed[r['method']]

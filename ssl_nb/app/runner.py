@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['references', 'variant', 'method_names', 'candidates', 'settings', 'thin', 'only', 'load', 'part_scores',
-           'final_scores', 'run_one', 'run_all', 'machine', 'run_many']
+           'final_scores', 'run_one', 'machine', 'run_all', 'run_many']
 
-# %% ../../nbs/app/02_runner.ipynb #df6b505a
-import ast, json, multiprocessing, os, platform, re, time, warnings
+# %% ../../nbs/app/02_runner.ipynb #08c5cfac
+import ast, inspect, multiprocessing, os, platform, re, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 from fastprogress.fastprogress import progress_bar
-from .run import builtin_data, check_numbers, get_dls, pick_device, which_data
-from ..core.common import did_you_mean, write_json
+from .checks import (check_settings, end_with_parent, pick_device, read_record,
+                               workplace, write_record)
+from .run import builtin_data, read_data, which_data
+from ..core.common import did_you_mean
 from ..core.encoders import create_encoder
 from ..core.learner import seed_everything, ssl_learner
 from ..core.loader import ResidentDL, finish_dls, get_kind, one_label
 from ..core.measures import encode, rankme
-from ..core.method import check_modality, find_methods, get_method
+from ..core.method import Method, check_modality, find_methods, get_method
 from ..evaluate.report import few_label_accuracy, fit_batchnorm, raw_features
 
-# %% ../../nbs/app/02_runner.ipynb #54d7114a
+# %% ../../nbs/app/02_runner.ipynb #ef03302b
 references = 'raw input','random encoder' # candidates that are not trained
 
 def variant(
@@ -31,17 +34,29 @@ def variant(
     "Class and settings of a candidate; `ValueError` where there is none of that name"
     method,_,rest = name.partition(':')
     cls,pairs = get_method(method),[o.partition('=') for o in rest.split(';') if o]
+    for k,_,_ in pairs:
+        if k not in _own(cls): raise ValueError(did_you_mean(k, _own(cls), f'setting of {method}'))
     try: return cls,{k: ast.literal_eval(v) for k,_,v in pairs}
     except (ValueError, SyntaxError) as e:
         raise ValueError(f'{name!r}: settings look like {method}:name=value;name=value with '
                          'numbers, True, False, None or quoted words') from e
 
+def _own(cls):
+    "Names of the settings of a method"
+    makers = [f for c in cls.__mro__ if issubclass(c, Method) for f in (c.__init__, c.for_data)]
+    named = [p.name for f in makers for p in inspect.signature(f).parameters.values()
+             if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return set(named)-{'self','encoder','dls'}
+
+# %% ../../nbs/app/02_runner.ipynb #c2d9eec0
 def method_names(
     text:str=None # 'simclr,byol:m=0.9'
 ): # List of candidates; None where nothing is named
     "Names with commas between; a comma in brackets belongs to a setting"
-    names = re.split(r',(?![^(]*\))', text or '')
-    return [n.strip() for n in names if n.strip()] or None
+    if text is None: return
+    names = [n.strip() for n in re.split(r',(?![^(]*\))', text) if n.strip()]
+    if not names: raise ValueError(f'{text!r} names no method; leave it out to take all that fit')
+    return list(dict.fromkeys(names))
 
 # %% ../../nbs/app/02_runner.ipynb #92855bdc
 def candidates(
@@ -53,7 +68,7 @@ def candidates(
     found = find_methods().items()
     return [k for k,c in found if c.modality in (None, kind) and not c.uses_labels]
 
-# %% ../../nbs/app/02_runner.ipynb #7f43bcc4
+# %% ../../nbs/app/02_runner.ipynb #39511899
 def settings(
     data=None, # Name of a built-in set, perhaps with some of its classes ('digits:3,8'), or a path
     methods=None, # Names; if they ask about one kind of data, that is the kind
@@ -64,7 +79,8 @@ def settings(
     device=None
 )->dict:
     "Everything that a comparison depends on, besides methods and seeds"
-    check_numbers(lr, epochs=epochs, batch_size=batch_size, samples=samples, size=size)
+    check_settings(lr=lr, epochs=epochs, batch_size=batch_size, samples=samples, size=size,
+                   encoder=encoder)
     asked = {variant(m)[0].modality for m in methods or ()} - {None}
     if len(asked)>1: raise ValueError(f'methods about {" and ".join(sorted(asked))} cannot be '
                                       'compared on one data set; choose methods of one kind')
@@ -73,11 +89,12 @@ def settings(
     return dict(data=name+classes, kind=kind, encoder=encoder, epochs=epochs, lr=lr, size=size,
                 batch_size=batch_size, samples=samples, device=pick_device(device))
 
-# %% ../../nbs/app/02_runner.ipynb #6c26c06c
+# %% ../../nbs/app/02_runner.ipynb #3db1339d
 def _classes(data):
     "('digits', ':3,8') of 'digits:3,8'; only data that come with the library can be cut so"
     name,colon,classes = str(data or '').partition(':')
-    return (name, colon+classes) if name in builtin_data() else (data, '')
+    built_in = name in builtin_data() and not Path(name).exists()
+    return (name, colon+classes) if built_in else (data, '')
 
 # %% ../../nbs/app/02_runner.ipynb #1d940cc0
 def thin(
@@ -101,12 +118,12 @@ def only(
     keep = torch.tensor([names.index(c) for c in classes], device=y.device)
     return dl.take(torch.isin(y, keep))
 
-# %% ../../nbs/app/02_runner.ipynb #9b989b38
+# %% ../../nbs/app/02_runner.ipynb #5ec2c614
 @lru_cache(2)
 def _load(data, kind, size, batch_size, samples, device):
     name,classes = _classes(data)
     limit = None if name in builtin_data() else samples
-    dls = get_dls(name, kind, size, limit=limit, bs=batch_size, device=device)
+    dls = read_data(kind, name, size, limit, bs=batch_size, device=device)
     asked = [c.strip() for c in classes[1:].split(',')]
     loaders = [only(dl, asked, dls.info) for dl in dls.loaders] if classes else dls.loaders
     new = finish_dls([thin(dl, samples) for dl in loaders], dls.info, device)
@@ -119,7 +136,7 @@ def load(
     "The data of a comparison"
     return _load(*(cfg[k] for k in ('data','kind','size','batch_size','samples','device')))
 
-# %% ../../nbs/app/02_runner.ipynb #0b9538e6
+# %% ../../nbs/app/02_runner.ipynb #7098c0ad
 def part_scores(
     encoder, # None for the raw input
     dls, # From `load`
@@ -192,7 +209,13 @@ def run_one(
     except (ValueError, RuntimeError, FloatingPointError, TypeError) as e:
         return dict(method=name, seed=seed, error=str(e).strip().split('\n')[-1].strip()),None
 
-# %% ../../nbs/app/02_runner.ipynb #86596c2a
+# %% ../../nbs/app/02_runner.ipynb #e7d7b9cb
+def machine(device):
+    "The processor, in words"
+    if device.startswith('cuda'): return torch.cuda.get_device_name(device)
+    return f'{os.cpu_count()} CPU cores, {platform.machine()}'
+
+# %% ../../nbs/app/02_runner.ipynb #470d8aaa
 def run_all(
     function, # Called with each job's arguments; importable by name
     jobs:list, # Tuples of arguments
@@ -205,27 +228,28 @@ def run_all(
         yield from show(function(*j) for j in jobs)
         return
     spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(min(workers, len(jobs)), spawn) as pool:
-        found = [pool.submit(function, *j) for j in jobs]
+    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, end_with_parent) as pool:
+        found,there = [pool.submit(function, *j) for j in jobs],dict(pool._processes)
         try: yield from show(f.result() for f in as_completed(found))
-        finally: pool.shutdown(cancel_futures=True) # stopped: what waits is not begun
+        except BrokenProcessPool as e: raise ChildProcessError('a worker was killed, perhaps for '
+            'want of memory; take fewer --workers, fewer --samples or a smaller --size') from e
+        except BaseException: # stopped: what waits is not begun, what runs is ended
+            for p in there.values(): p.terminate()
+            raise
+        finally: pool.shutdown(cancel_futures=True)
 
-def machine(device):
-    "The processor, in words"
-    if device.startswith('cuda'): return torch.cuda.get_device_name(device)
-    return f'{os.cpu_count()} CPU cores, {platform.machine()}'
-
-# %% ../../nbs/app/02_runner.ipynb #3a70075a
+# %% ../../nbs/app/02_runner.ipynb #aad8c899
 def _results(file, cfg):
     "What the file holds already, without the runs that failed"
-    results = json.loads(file.read_text()) if file.exists() else dict(
+    again = 'restore it from a copy, or delete it and compare again'
+    results = read_record(file, ('config','runs'), again) if file.exists() else dict(
         config=cfg, machine=machine(cfg['device']), torch=torch.__version__, runs=[])
     if results['config']!=cfg: raise ValueError(f'{file} holds results with other settings, '
         f'{results["config"]}; choose another file or folder')
     results['runs'] = [r for r in results['runs'] if 'error' not in r]
     return results
 
-# %% ../../nbs/app/02_runner.ipynb #956869c3
+# %% ../../nbs/app/02_runner.ipynb #ee9c2448
 def run_many(
     cfg:dict, # From `settings`
     names, # Candidates and references
@@ -239,14 +263,14 @@ def run_many(
     "Run what is not in the file yet, and write after each run"
     file = Path(file)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
-    check_numbers(seeds=len(seeds), workers=workers)
-    results,_ = _results(file, cfg),load(cfg) # bad data is told before anything is written
-    file.parent.mkdir(parents=True, exist_ok=True)
-    done = {(r['method'],r['seed']) for r in results['runs']}
-    jobs = [(n, s, cfg, measure) for s in seeds for n in names if (n,s) not in done]
+    check_settings(seeds=len(seeds), workers=workers)
     workers = workers or (os.cpu_count() if cfg['device']=='cpu' else 1)
-    for numbers,more in run_all(run_one, jobs, workers, bar):
-        if keep: keep(numbers, more)
-        results['runs'].append(numbers)
-        write_json(file, results)
+    with workplace(file.parent, file.name, lock=f'.{file.name}.lock'):
+        results,_ = _results(file, cfg),load(cfg) # bad data is told before anything is written
+        done = {(r['method'],r['seed']) for r in results['runs']}
+        jobs = [(n, s, cfg, measure) for s in seeds for n in names if (n,s) not in done]
+        for numbers,more in run_all(run_one, jobs, workers, bar):
+            if keep: keep(numbers, more)
+            results['runs'].append(numbers)
+            write_record(file, results)
     return results
