@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
+from ssl_nb.app.run import embed, pretrain
 from ssl_nb.data.files import (class_ids, divide, folder_listing, list_files, listing, printable, read_table, split_names,
                                table_listing, three_parts, twins)
 from ssl_nb.data.images import image_dl, image_dls
@@ -80,7 +81,8 @@ def test_a_diary_is_no_classification_and_it_is_said(tmp_path):
 @pytest.mark.parametrize('train,test', [('training_set','test_set'), ('Train','TEST'), ('train-images','test-images'), ('trainset','testset'),
                                         ('train2017','test2017'), ('training','eval')])
 def test_names_of_parts(tmp_path, train, test):
-    rows,_ = read(tree(tmp_path, [f'{train}/cat/1.png',f'{train}/dog/2.png',f'{test}/cat/3.png']))
+    rows,l = read(tree(tmp_path, [f'{train}/cat/1.png',f'{train}/dog/2.png',f'{test}/cat/3.png']))
+    assert not l.notes and not l.left
     assert [s for s,_ in rows.values()].count('test')==1 and rows[f'{test}/cat/3.png']==('test','cat')
 
 def test_eval_is_valid_where_there_is_a_test(tmp_path):
@@ -194,6 +196,16 @@ def test_names_that_are_no_text(tmp_path):
     dls = image_dls(tmp_path, bs=2)
     assert dls.info.names()==['bar',r'caf\xe9'] and dls.info.read.encode()
     assert printable('naïve.png')=='naïve.png' and printable(os.fsdecode(b'\xff.png'))==r'\xff.png' and printable('\ud800')
+
+def test_from_an_odd_folder_to_features(tmp_path, capsys):
+    "The line is printed once, and a name that is no UTF-8 reaches the table of features"
+    for i in range(8): picture(tmp_path/'data'/'ab'[i%2]/os.fsdecode(b'na\xefve%d.png' % i), i)
+    tree(tmp_path/'data', ['notes.txt'])
+    run = pretrain('rotation', str(tmp_path/'data'), tmp_path/'run', epochs=1, batch_size=2, device='cpu')
+    assert capsys.readouterr().out.count('data: 8 images: train 5, valid 1 (cut off train), test 2 (cut off train); class: 2 classes (a, b); '
+                                         'left out: 1 files with other endings (1 .txt)')==1
+    df = pd.read_parquet(embed(run, tmp_path/'data', tmp_path/'f.parquet', device='cpu'))
+    assert sorted(df.file)==sorted(rf'{"ab"[i%2]}/na\xefve{i}.png' for i in range(8))
 
 
 # ---- parts and classes

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'SPLITS', 'PACKS', 'TABLES', 'FILE', 'ending', 'list_files', 'printable', 'share_of', 'split_of', 'settle',
-           'Listing', 'read_folders', 'folder_listing', 'from_folders', 'real_files', 'text_encoding', 'table_kind',
-           'read_table', 'split_names', 'label_columns', 'table_listing', 'listing', 'spaced', 'three_parts', 'twins',
+           'Listing', 'read_folders', 'folder_listing', 'real_files', 'text_encoding', 'table_kind', 'read_table',
+           'split_names', 'label_columns', 'table_listing', 'listing', 'spaced', 'three_parts', 'twins',
            'seen_in_train', 'divide', 'describe', 'warn_left', 'warn_skipped', 'free_memory', 'fits']
 
 # %% ../../nbs/data/01_files.ipynb #637c0213
@@ -221,7 +221,7 @@ def _train_is_class(parts, k):
     flat = all(len(p)<=k+2 for p in parts)
     return flat and [d for d in n if split_of(d)]==['train'] and len(n)>2 and 2*n['train']<n.total()
 
-# %% ../../nbs/data/01_files.ipynb #4ca9f5c9
+# %% ../../nbs/data/01_files.ipynb #a9cb3bfe
 def _says_nothing(rests):
     "Do all files lie in one folder that is called `images` or, once more, `train`?"
     if not rests or min(map(len, rests))<2 or len({r[0] for r in rests})>1: return False
@@ -237,7 +237,7 @@ def _classes(rests, known=()):
         why = f'no classes: only {names.total()} of {len(inner)} files lie exactly one folder deep'
     elif len(names)<2 and not names.keys()<=set(known):
         why = f'no classes: all files lie in the folder {next(iter(names))}'
-    if all(len(r)<2 for r in inner): why = 'no folders to take classes from'*bool(known)
+    if all(len(r)<2 for r in inner): why = 'no folders to take classes from'*bool(inner and known)
     rest = iter(inner)
     own = [() if u else next(rest) for u in free]
     return [r[0] if len(r)>1 and r[0] in names and not why else None for r in own],why
@@ -265,7 +265,7 @@ def read_folders(
     label = [l and printable(l) for l in label]
     return Listing(Path(path), files, split, {'class': label}, left or {}, notes, what).once()
 
-# %% ../../nbs/data/01_files.ipynb #51f2ecfc
+# %% ../../nbs/data/01_files.ipynb #07da0d1e
 def folder_listing(
     path, # Folder
     endings, # Those that count
@@ -274,14 +274,6 @@ def folder_listing(
     "Read parts and labels off the folders"
     left,path = {},Path(path).expanduser()
     return read_folders(path, list_files(path, endings, what, common, left), left, what)
-
-def from_folders(
-    path, # Folder that the files lie in
-    files # Paths below it, each one only
-): # (part, class name or None) of each
-    "Parts and classes only"
-    l = read_folders(path, files)
-    return l.split,l.label['class']
 
 # %% ../../nbs/data/01_files.ipynb #66a93384
 def real_files(
