@@ -257,3 +257,23 @@ def test_the_first_steps_of_bert_do_not_wipe_out_the_embeddings():
         opt.step(); opt.zero_grad()
     assert abs(before[1:].norm(dim=1).mean()-1) < 0.05
     assert torch.cosine_similarity(w[real], before[real]).mean() > 0.8
+
+def test_a_vocabulary_made_elsewhere():
+    "A WordPiece tokenizer with our five tokens first, as earlier runs keep one"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from ssl_nb.data.text import SPECIALS
+    vocab = {t: i for i,t in enumerate([*SPECIALS, *sorted(set(words)), '##s'])}
+    tok = Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
+    tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tok.add_special_tokens(SPECIALS)
+    dls = text_dls(texts+['unheard of'], tokenizer=tok, max_len=24, bs=4)
+    assert dls.info.vocab_size==len(vocab) and BERT.for_data(create_encoder('small_text', dls.info), dls).vocab_size==len(vocab)
+
+def test_new_texts_are_read_with_the_tokenizer_of_the_run(tmp_path):
+    "Also where there is a folder called test and no other"
+    dls = text_dls(texts, **small)
+    Text.keep(dls, tmp_path)
+    (tmp_path/'new'/'test').mkdir(parents=True)
+    for i,t in enumerate(['The fox', ' ', 'quick wizards']): (tmp_path/'new'/'test'/f'{i}.txt').write_text(t)
+    with pytest.warns(UserWarning, match='1 empty texts .test/1.txt.'): dl = Text.files(tmp_path/'new', dls.info, kept=tmp_path)
+    assert dl.files==['test/0.txt','test/2.txt'] and dl.info.skipped==1 and [decode(dls.tokenizer, r) for r in dl.xs[0]]==['the fox','quick wizards']
