@@ -129,12 +129,16 @@ def test_failed_comparison_leaves_no_folder(tmp_path, capsys):
     assert not (tmp_path/'a').exists() and str(tmp_path/'empty') in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_their_parent(how, tmp_path):
-    "However the comparison is killed, none of its processes is left, not even in the middle of a job"
-    (tmp_path/'job.py').write_text('import pathlib, time\nfrom ssl_nb.app.runner import run_all\n'
+pools = dict(runs='from ssl_nb.app.runner import run_all', images='from ssl_nb.data.images import _pool')
+calls = dict(runs='list(run_all(work, [(0,),(1,)], 2, bar=False))', images='list(_pool(5000, 2).map(work, [0, 1]))')
+
+
+@pytest.mark.parametrize('what,how', [('runs', signal.SIGKILL), ('runs', signal.SIGTERM), ('images', signal.SIGKILL)])
+def test_workers_end_with_their_parent(what, how, tmp_path):
+    "However a process is killed, none of its workers is left, not even in the middle of a job"
+    (tmp_path/'job.py').write_text(f'import pathlib, time\n{pools[what]}\n'
                                    'def work(i):\n    pathlib.Path(f"begun{i}").touch()\n    time.sleep(300)\n'
-                                   'if __name__=="__main__": list(run_all(work, [(0,),(1,)], 2, bar=False))')
+                                   f'if __name__=="__main__": {calls[what]}')
     parent = subprocess.Popen([sys.executable, '-W', 'ignore', 'job.py'], cwd=tmp_path)
     while not all((tmp_path/f'begun{i}').exists() for i in (0, 1)): time.sleep(0.1)
     me = psutil.Process(parent.pid)

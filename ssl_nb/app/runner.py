@@ -6,7 +6,7 @@
 __all__ = ['references', 'variant', 'method_names', 'candidates', 'settings', 'thin', 'only', 'load', 'part_scores',
            'final_scores', 'run_one', 'machine', 'run_all', 'run_many']
 
-# %% ../../nbs/app/02_runner.ipynb #08c5cfac
+# %% ../../nbs/app/02_runner.ipynb #0f86b782
 import ast, inspect, multiprocessing, os, platform, re, time, warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,10 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 from fastprogress.fastprogress import progress_bar
-from .checks import (check_settings, end_with_parent, pick_device, read_record,
-                               workplace, write_record)
+from .checks import (check_settings, pick_device, read_record, workplace,
+                               write_record)
 from .run import builtin_data, read_data, which_data
-from ..core.common import did_you_mean
+from ..core.common import did_you_mean, end_with_parent
 from ..core.encoders import create_encoder
 from ..core.learner import seed_everything, ssl_learner
 from ..core.loader import ResidentDL, finish_dls, get_kind, one_label

@@ -254,7 +254,7 @@ class HistoryLog(Callback):
         if not values: return # an epoch that was skipped because it is done already
         row = dict(zip(self.recorder.metric_names[1:], values))
         row = {k: v if v is None else float(v) for k,v in row.items()}
-        self.learn.history.append(dict(epoch=self.epoch, **row))
+        self.learn.history.append(dict(epoch=len(self.learn.history), **row))
         if not self.path: return
         with whole_file(self.path) as f: pd.DataFrame(self.learn.history).to_csv(f, index=False)
 
