@@ -20,6 +20,9 @@ from ssl_nb.data.pairs import pair_dls_from_table
 from ssl_nb.data.text import text_dls
 from ssl_nb.data.video import clip_listing, video_dls
 
+settings.register_profile('same', deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)) # the same each time
+settings.load_profile('same')
+
 
 def tree(root, files):
     for f in files:
@@ -254,7 +257,7 @@ def test_rows_of_the_part_unlabelled_have_no_label(tmp_path):
     y,_,parts,said = labels_of(table_listing(tmp_path/'t.csv'))
     assert (y[8:12]==-1).all() and (y[:8]>=0).all() and '4 without a label' in said and set(range(8,12))<=set(parts[0])
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(['train','train','train','valid','test','unlabelled','']), st.integers(-1,4)), min_size=2, max_size=40),
        st.sampled_from([0.1,0.25,0.5]), st.sampled_from([None,1,2,5]))
 def test_parts_of_any_labels(rows, valid, limit):
@@ -382,7 +385,6 @@ name = st.one_of(st.sampled_from(['train','test','valid','unlabelled','images','
                  st.binary(min_size=1, max_size=6).map(lambda b: os.fsdecode(b.replace(b'/', b'_').replace(b'\0', b'0'))).filter(lambda n: n not in ('.','..')))
 kind = st.sampled_from(['.png','.png','.png','.txt','','.csv','folder','pipe','link up','link file','broken','loop'])
 junk = st.lists(st.tuples(st.lists(name, max_size=3), name, kind), max_size=14)
-once_more = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 def grow(root, entries):
     "Make what can be made: a name that is taken is passed over"
@@ -415,7 +417,7 @@ def check(l, endings=None):
     assert sorted(np.concatenate(parts))==[i for i,s in enumerate(l.split) if s] and y.max()<=max([len(c) for c in classes.values()]+[0])
     for why,names in l.left.items(): assert f'{len(names)} {why}' in said
 
-@once_more
+@settings(max_examples=60)
 @given(junk)
 def test_any_folder(tmp_path_factory, entries):
     "Whatever lies there: samples or one of our errors, every file read or counted, and never a hang"
@@ -430,7 +432,7 @@ def test_any_folder(tmp_path_factory, entries):
         seen = {os.path.realpath(root/f) for f in [*l.files, *sum(l.left.values(), [])]}
         assert real <= seen
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25)
 @given(junk, st.sampled_from([image_dls, text_dls, video_dls]))
 def test_any_folder_for_any_kind(tmp_path_factory, entries, make):
     root = grow(tmp_path_factory.mktemp('t'), entries)
@@ -443,7 +445,7 @@ def test_any_folder_for_any_kind(tmp_path_factory, entries, make):
 cell = st.one_of(st.sampled_from(['1.png','./1.png','a/../1.png','a\\b.png','/etc/passwd','','cat','dog','nan','-1','train','test','eval','dev','3','3.0']),
                  st.text(max_size=8))
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60)
 @given(st.lists(st.one_of(st.sampled_from(['file','path','label','split','Image','text']), st.text(max_size=5)), min_size=1, max_size=4),
        st.lists(st.lists(cell, max_size=5), max_size=8), st.sampled_from(',;\t|'), st.booleans(),
        st.sampled_from(['utf-8','utf-8-sig','utf-16','utf-32','latin-1','utf-16-le']), st.sampled_from(['.csv','.tsv','.csv.gz']))
@@ -463,7 +465,7 @@ def test_any_table(tmp_path_factory, columns, rows, sep, quoted, encoding, endin
         except ours as e: assert str(file.parent) in str(e); return
         check(l)
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60)
 @given(st.binary(max_size=200), st.sampled_from(['.csv','.tsv','.jsonl','.parquet','.csv.gz','.csv.zip','.csv.zst','.jsonl.xz','.csv.bz2']))
 def test_bytes_that_are_no_table(tmp_path_factory, data, ending):
     file = tmp_path_factory.mktemp('t')/('t'+ending)
@@ -476,7 +478,7 @@ def test_bytes_that_are_no_table(tmp_path_factory, data, ending):
 json_value = st.recursive(st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text(max_size=5)),
                           lambda v: st.lists(v, max_size=2) | st.dictionaries(st.text(max_size=3), v, max_size=2), max_leaves=4)
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60)
 @given(st.lists(st.fixed_dictionaries({}, optional=dict(file=st.one_of(st.sampled_from(['1.png','2.png','\0','\ud800']), json_value),
                                                           label=json_value, split=st.one_of(st.sampled_from(['train','dev','eval']), json_value))), max_size=6))
 def test_any_lines_of_json(tmp_path_factory, rows):

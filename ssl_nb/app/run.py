@@ -21,6 +21,7 @@ from ..core.learner import Checkpoint, read_state, seed_everything, ssl_learner
 from ..core.loader import find_kinds, get_kind, one_label
 from ..core.measures import encode
 from ..core.method import check_modality, get_method
+from ..data.files import printable
 from ..evaluate.plot import plot_embedding, plot_training, show_pretext
 from ..evaluate.report import check_labels, report
 
@@ -315,6 +316,7 @@ def _train(cfg, out, save_seconds):
 
 # %% ../../nbs/app/01_run.ipynb #38185515
 def _say(cfg, dls, out):
+    if dls.info.read: print(f'{dls.info.name}: {dls.info.read}', flush=True)
     print(f"{cfg['method']} on {dls.info.name}: {dls.train.n} training samples, {cfg['encoder']} "
           f"on {cfg['device']}, {cfg['epochs']} epochs -> {out}", flush=True)
     if 'before' in cfg: print(f"begins with the weights of {cfg['start_from']} after "
@@ -398,7 +400,7 @@ def embed(
     kind = get_kind(cfg['info']['kind'])
     dl = kind.files(data, kind.Info(**cfg['info']), batch_size, device, Path(run).expanduser())
     h = encode(enc.to(device), dl)[0].cpu().numpy().astype(np.float32)
-    files,columns = [str(f) for f in dl.files],{f'f{i}': c for i,c in enumerate(h.T)}
+    files,columns = [printable(str(f)) for f in dl.files],{f'f{i}': c for i,c in enumerate(h.T)}
     if out.suffix=='.npz': np.savez_compressed(out, files=np.array(files), features=h)
     else: pd.DataFrame({'file': files} | columns).to_parquet(out, index=False)
     print(f'{len(h)} x {h.shape[1]} features -> {out}')
