@@ -22,7 +22,7 @@ from timm.models._hub import save_for_hf
 from fastcore.basics import patch
 from .loader import DataInfo, get_kind
 from .masks import gather_tokens
-from .common import did_you_mean, write_json
+from .common import did_you_mean, whole_file, write_json
 
 # %% ../../nbs/core/05_encoders.ipynb #aa5a4a74
 class ImageEncoder(nn.Module):
@@ -459,7 +459,8 @@ def save_encoder(
         _write(encoder, new)
         cfg = json.loads((new/CONFIG).read_text(encoding='utf-8'))
         write_json(new/CONFIG, cfg | dict(weights_sha256=_sha256(new/WEIGHTS)))
-        for f in (WEIGHTS, CONFIG): os.replace(new/f, Path(folder)/f)
+        for f in (WEIGHTS, CONFIG): # with the permissions of an ordinary file
+            with whole_file(Path(folder)/f) as tmp: os.replace(new/f, tmp)
 
 # %% ../../nbs/core/05_encoders.ipynb #cc30e7e9
 def _write(encoder, folder):
