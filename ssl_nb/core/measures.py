@@ -18,13 +18,14 @@ def encode(
     n=None # Stop after this many samples
 ): # (features (N,D), labels (N,)), on the encoder's device
     "Features and labels of a loader, in its order"
-    device,training,hs,ys = next(encoder.parameters()).device,encoder.training,[],[]
+    device,hs,ys = next(encoder.parameters()).device,[],[]
+    modes = [(m, m.training) for m in encoder.modules()] # some parts may be frozen
     encoder.eval()
     for b in dl:
         hs.append(encoder(b[0].to(device)).float())
         ys.append(b[-1].to(device))
         if n is not None and sum(map(len, ys)) >= n: break
-    encoder.train(training)
+    for m,training in modes: m.training = training
     return torch.cat(hs)[:n],torch.cat(ys)[:n]
 
 # %% ../../nbs/core/07_measures.ipynb #6e8629a7
