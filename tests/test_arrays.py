@@ -4,7 +4,9 @@ from pathlib import Path
 from struct import pack
 import numpy as np, pytest, tifffile, torch
 from PIL import Image
+from ssl_nb.contrastive.vicreg import VICReg
 from ssl_nb.core.encoders import create_encoder
+from ssl_nb.core.learner import ssl_learner
 from ssl_nb.core.loader import DataInfo, ResidentDL, array_dls, channel_stats, to_unit
 from ssl_nb.data.images import (ENDINGS, ImageFiles, Pixels, StreamDL, image_dl, image_dls, load_images, look, opened, pixels_of,
                                 read_image)
@@ -350,3 +352,10 @@ def test_parts_without_a_readable_file(tmp_path, part):
         assert (dls.test is None)==(part=='test')
         assert any('read' in o for o in said)
     assert any(f'none of the files for {part} in' in o for o in said)
+
+def test_too_few_samples_are_said_to_be_too_few():
+    "A larger batch size is no help where there are no more samples"
+    for images,cure in ((grey[:2],'there are only 1 samples to train on'), (grey,'raise batch_size')):
+        dls = array_dls(images, bs=1)
+        learn = ssl_learner(dls, VICReg.for_data(create_encoder('small_cnn', dls.info), dls), every=0)
+        with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=f'batches of at least 2, got 1; {cure}'): learn.fit(1)

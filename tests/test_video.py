@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from ssl_nb.app.cli import main
 from ssl_nb.core.encoders import create_encoder, load_encoder, save_encoder
-from ssl_nb.data.video import bouncing_digits_dls, video_dl, video_dls
+from ssl_nb.data.video import Video, bouncing_digits_dls, video_dl, video_dls
 
 def write_clip(folder, n=8, seed=0, side=16, channels=3, first=1):
     folder.mkdir(parents=True)
@@ -120,6 +120,35 @@ def test_bad_tables(ten):
     with pytest.raises(ValueError, match='none of the clips in .*clips.csv is a folder'): video_dls(ten)
     table('clip,label\nc0,a\n')
     with pytest.raises(ValueError, match="no column 'colour' to take labels from"): video_dls(ten, label='colour')
+
+def test_the_table_has_any_delimiter_and_can_be_named_itself(ten):
+    (ten/'clips.csv').write_text('clip;label;split\n'+''.join(f'c{i}{"/" if i==2 else ""};{"ab"[i%2]};{"test" if i>7 else "train"}\n' for i in range(10)))
+    for path in (ten, ten/'clips.csv'):
+        dls,said = quiet(video_dls, path, frames=12, bs=2)
+        assert said==[] and dls.info.names()==['a','b'] and sorted(dls.test.files)==['c8','c9']
+        assert {f: int(y) for dl in dls.loaders for f,y in zip(dl.files, dl.y)}=={f'c{i}': i%2 for i in range(10)}
+        assert Video.suits(path)==1
+    assert len(video_dl(ten/'clips.csv', dls.info).files)==10
+
+def test_classes_beside_unlabelled_clips(tmp_path):
+    for i in range(8): write_clip(tmp_path/('jump','run')[i%2]/f'c{i}', 4, i)
+    for i in range(3): write_clip(tmp_path/'unlabelled'/f'u{i}', 4, 9+i)
+    dls = video_dls(tmp_path, frames=4, bs=2)
+    assert dls.info.names()==['jump','run'] and sum(dl.n for dl in dls.loaders)==11
+    known = {f: int(y) for dl in dls.loaders for f,y in zip(dl.files, dl.y)}
+    assert {f for f,y in known.items() if y==-1}=={f'unlabelled/u{i}' for i in range(3)}
+    assert all(y==(f.startswith('run')) for f,y in known.items() if y>=0)
+
+def test_deep_frames(tmp_path):
+    rng = np.random.default_rng(0)
+    for c in range(4):
+        (tmp_path/f'c{c}').mkdir()
+        for i in range(4): np.save(tmp_path/f'c{c}'/f'{i}.npy', rng.integers(-1000, 1000, (8,8,5)))
+    dls = video_dls(tmp_path, frames=4, bs=2, range=(-1000,1000))
+    assert dls.one_batch()[0].shape==(2,5,4,8,8) and dls.info.range==[[-1000,1000]]*5
+    x = video_dl(tmp_path, dls.info).one_batch()[0]
+    want = (np.load(tmp_path/'c1'/'2.npy').transpose(2,0,1)+1000)/2000
+    assert np.allclose(x[1,:,2], want, atol=1e-5)
 
 def test_too_much_for_the_memory(ten, monkeypatch):
     monkeypatch.setattr('ssl_nb.data.files.free_memory', lambda: 1000)

@@ -47,9 +47,10 @@ class Pretext(Callback):
         if not self.training:
             self.learn.yb = () # nothing to count
             raise CancelBatchException
-        name,least = type(self.method).__name__,self.method.min_batch
-        raise ValueError(f'{name} compares samples with each other and needs batches of at least '
-                         f'{least}, got {find_bs(self.xb)}; raise batch_size')
+        m,n = self.method,getattr(self.dls.train, 'n', 0)
+        cure = f'there are only {n} samples to train on' if 0<n<m.min_batch else 'raise batch_size'
+        raise ValueError(f'{type(m).__name__} compares samples with each other and needs batches of '
+                         f'at least {m.min_batch}, got {find_bs(self.xb)}; {cure}')
 
 # %% ../../nbs/core/08_learner.ipynb #39543478
 class MethodMetric(Metric):

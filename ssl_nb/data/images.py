@@ -7,11 +7,10 @@ __all__ = ['ENDINGS', 'MAX_BYTES', 'Pixels', 'pixels_of', 'Stored', 'fit', 'keep
            'probe', 'default_pixels', 'default_size', 'measure_range', 'look', 'image_listing', 'ImageFiles',
            'StreamDL', 'image_dls', 'image_dl', 'Images']
 
-# %% ../../nbs/data/04_images.ipynb #c1a264fb
+# %% ../../nbs/data/04_images.ipynb #05d928c2
 import multiprocessing, os, stat, sys, warnings, zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from fastcore.basics import chunked, patch
 from fastcore.parallel import num_cpus
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps, UnidentifiedImageError
+from ..core.common import end_with_parent
 from ..core.encoders import image_encoder
 from ..core.loader import (DataInfo, Kind, ResidentDL, channel_stats, cut, digits_dls,
                                 finish_dls, sample_step, scaled, to_unit)
@@ -54,7 +54,7 @@ class Pixels:
         deep = {8: '', 16: ' of 16 bits'}.get(self.depth, ' of any range')
         return _names.get(self.bands, f'{self.bands} bands')+deep
 
-# %% ../../nbs/data/04_images.ipynb #59c7ff30
+# %% ../../nbs/data/04_images.ipynb #be1db42a
 _same = {'1':'L', 'L':'L', 'LA':'LA', 'La':'LA', 'RGBA':'RGBA', 'RGBa':'RGBA', 'PA':'RGBA'}
 
 def pixels_of(
@@ -73,6 +73,8 @@ class Stored:
     pixels:Pixels
     size:tuple # (width, height)
     read:Callable # () -> array (H,W,C)
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
 
 # %% ../../nbs/data/04_images.ipynb #87048603
 def fit(
@@ -87,12 +89,12 @@ def fit(
     return im.resize((size,size), Image.Resampling.BILINEAR, box=(left,top,left+s,top+s),
                      reducing_gap=3)
 
-# %% ../../nbs/data/04_images.ipynb #8fda3c79
+# %% ../../nbs/data/04_images.ipynb #9046b344
 def _plain(im, bands, size):
     "8 bits in colours: a PIL image to (C,size,size)"
     if im.mode=='P' and 'transparency' in im.info: im = im.convert('RGBA')
-    a = np.array(fit(im if im.mode==bands else im.convert(bands), size))
-    if bands in ('LA','RGBA'): a[a[...,-1]==0] = 0
+    a = np.asarray(fit(im if im.mode==bands else im.convert(bands), size))
+    if bands in ('LA','RGBA'): a = a*(a[...,-1:]>0)
     return a[None] if a.ndim==2 else a.transpose(2,0,1)
 
 # %% ../../nbs/data/04_images.ipynb #0fa4c6f8
@@ -208,9 +210,9 @@ def _from_tiff(file):
         return _turn(~a if white_is_zero and a.dtype.kind in 'bu' else a, turn)
     return Stored(pixels, (w,h), read)
 
-# %% ../../nbs/data/04_images.ipynb #001bf221
+# %% ../../nbs/data/04_images.ipynb #0ba1921e
 def _from_png(file, im):
-    "A PNG of 16 bits a colour: Pillow gives the high bytes, and asked for little endian the low ones"
+    "A PNG of 16 bits: Pillow gives the high bytes, and asked for little endian the low ones"
     turn = im.getexif().get(274, 1)
     def read():
         both = []
@@ -221,22 +223,20 @@ def _from_png(file, im):
         return _turn(both[0]*256+both[1], turn)
     return Stored(Pixels(im.mode, 16), im.size, read)
 
-# %% ../../nbs/data/04_images.ipynb #0e0a2c75
-@contextmanager
+# %% ../../nbs/data/04_images.ipynb #a852256e
 def opened(
     file # Path of an image
-): # Gives a PIL image, or `Stored` where Pillow would lose something
+): # For `with`: a PIL image, or `Stored` where Pillow would lose something
     "Open an image file; whatever is no ordinary file, such as a pipe, is refused"
     if not stat.S_ISREG(os.stat(file).st_mode): raise ValueError('not a regular file')
     kind = ending(file)
-    try: im = _from_numpy(file) if kind in _arrays else Image.open(file, formats=_formats)
+    if kind in _arrays: return _from_numpy(file)
+    try: im = Image.open(file, formats=_formats)
     except UnidentifiedImageError:
         if kind not in _tiffs: raise
-        im = _from_tiff(file)
-    if isinstance(im, Stored): yield im; return
-    with im:
-        if _is_whole(im): yield im
-        else: yield _from_png(file, im) if im.format=='PNG' else _from_tiff(file)
+        return _from_tiff(file)
+    if _is_whole(im): return im
+    with im: return _from_png(file, im) if im.format=='PNG' else _from_tiff(file)
 
 # %% ../../nbs/data/04_images.ipynb #52394fff
 MAX_BYTES = 2**28 # of one unpacked image
@@ -257,7 +257,7 @@ def _array_of(im):
     if tags.get(262)==0 and a.dtype.kind=='u': a = ~a # white is zero
     return _turn(a[...,None], im.getexif().get(274, 1))
 
-# %% ../../nbs/data/04_images.ipynb #1690ebaf
+# %% ../../nbs/data/04_images.ipynb #9176eb1d
 def read_image(
     file, # Path of an image
     size:int, # Side in pixels
@@ -266,9 +266,8 @@ def read_image(
     "Decode one file to size, bands and depth; raises what its reader raises if that fails"
     pixels = Pixels(pixels) if isinstance(pixels, str) else pixels
     with opened(file) as im:
-        has = pixels_of(im)
-        if isinstance(im, Stored) or has.depth>8:
-            return keep_pixels(_array_of(im), has, pixels, size)
+        if isinstance(im, Stored) or im.mode[0] in 'IF':
+            return keep_pixels(_array_of(im), pixels_of(im), pixels, size)
         full = im.size
         im.draft('L' if pixels.bands=='L' else None, (2*size,2*size))
         _bounded(*(full if im.info.get('progressive') else im.size), 4)
@@ -276,6 +275,7 @@ def read_image(
         if (_turned & im.info.keys() or im.format=='TIFF') and im.getexif().get(274, 1)!=1:
             im = ImageOps.exif_transpose(im)
         if pixels.depth==8 and pixels.bands in _channels: return _plain(im, pixels.bands, size)
+        has = pixels_of(im)
         a = np.asarray(im.convert(has.bands)).reshape(*im.size[::-1], -1)
         return keep_pixels(a, has, pixels, size)
 
@@ -296,7 +296,8 @@ def _read_chunk(paths, size, pixels):
 def _pool(n, workers=None):
     workers = workers or num_cpus()
     if n<=2000 or workers==1 or sys.platform!='linux': return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('fork'))
+    fork = multiprocessing.get_context('fork')
+    return ProcessPoolExecutor(workers, fork, end_with_parent)
 
 # %% ../../nbs/data/04_images.ipynb #3c7ec92b
 def load_images(
