@@ -49,8 +49,8 @@ class Pretext(Callback):
             raise CancelBatchException
         m,n = self.method,getattr(self.dls.train, 'n', 0)
         cure = f'there are only {n} samples to train on' if 0<n<m.min_batch else 'raise batch_size'
-        raise ValueError(f'{type(m).__name__} compares samples with each other and needs batches of '
-                         f'at least {m.min_batch}, got {find_bs(self.xb)}; {cure}')
+        raise ValueError(f'{type(m).__name__} compares samples with each other and needs batches '
+                         f'of at least {m.min_batch}, got {find_bs(self.xb)}; {cure}')
 
 # %% ../../nbs/core/08_learner.ipynb #39543478
 class MethodMetric(Metric):

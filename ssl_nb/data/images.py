@@ -210,7 +210,7 @@ def _from_tiff(file):
         return _turn(~a if white_is_zero and a.dtype.kind in 'bu' else a, turn)
     return Stored(pixels, (w,h), read)
 
-# %% ../../nbs/data/04_images.ipynb #0ba1921e
+# %% ../../nbs/data/04_images.ipynb #001bf221
 def _from_png(file, im):
     "A PNG of 16 bits: Pillow gives the high bytes, and asked for little endian the low ones"
     turn = im.getexif().get(274, 1)
