@@ -118,7 +118,7 @@ class DINO(JointEmbedding):
         self.m_center,self.koleo,self.centring = m_center,koleo,_checked(centring)
         self.head = _dino_head(encoder.num_features, hidden, bottleneck, dim, norm)
         self.teacher = ema_copy(nn.Sequential(encoder, self.head))
-        for name,shape in (('center',dim), ('batch_mean',dim), ('steps',())):
+        for name,shape in (('center',dim), ('total',dim), ('seen',()), ('steps',())):
             self.register_buffer(name, torch.zeros(shape))
 
 # %% ../../nbs/contrastive/17_dino.ipynb #3f490c51
@@ -133,7 +133,7 @@ def for_data(cls:DINO, encoder, dls, **kwargs):
 def pretext(self:DINO, x):
     views,local = [self.views(x) for _ in range(2)],[self.small(x) for _ in range(self.n_small)]
     t = self.teacher(torch.cat(views)) # (2N,K)
-    if self.training: self.batch_mean.copy_(t.mean(0))
+    if self.training: self.total += t.sum(0); self.seen += len(t) # until the next step
     if callable(self.centring): p = self.centring(t, self.temps[1])
     else: p = teacher_probs(t, self.center, self.temps[1])
     return (*views, *local),(p.unflatten(0, (2,-1)),)
@@ -158,7 +158,9 @@ def update(self:DINO, pct):
     if self.centring=='mean':
         self.steps += 1
         share = (1/self.steps).clamp(min=1-self.m_center) # a plain mean at first
-        self.center.lerp_(self.batch_mean, share)
+        mean = torch.where(self.seen>0, self.total/self.seen, self.center)
+        self.center.lerp_(mean, share)
+    self.total.zero_(); self.seen.zero_()
 
 @patch
 def metrics(self:DINO, pred, p):

@@ -24,7 +24,7 @@ from fastai.torch_core import find_bs, to_detach, noop
 from .common import whole_file
 from .loader import DataInfo, one_label
 from .measures import encode, feature_std, knn_predict, rankme
-from .method import Method, asked, looking
+from .method import Method, asked, looking, same_random
 
 # %% ../../nbs/core/08_learner.ipynb #37902217
 class Pretext(Callback):
@@ -107,7 +107,7 @@ class OnlineKNN(Callback):
     ): self.n,self.every,self.k,self.temp,self.label = n,every,k,temp,label
 
     def before_fit(self):
-        self.bank = self.dls.train.new(shuffle=False, drop_last=False)
+        with same_random(): self.bank = self.dls.train.new(shuffle=False, drop_last=False)
         if 'knn' in self.learn.metrics.attrgot('name'): return
         self.learn.metrics = self.learn.metrics + [ValueMetric(lambda: self.value, 'knn')]
 
