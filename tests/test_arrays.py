@@ -217,7 +217,7 @@ def test_mixed_pixels_are_counted_and_said(tmp_path):
     write(tmp_path/'m', lambda: deep(3, 65536), 'rgb', 5)
     for i in range(3): Image.fromarray(deep(1, 256, np.uint8)[...,0]).save(tmp_path/'m'/f'g{i}.png')
     dls,said = quiet(image_dls, tmp_path/'m', bs=2)
-    assert len(said)==1 and 'of 8 images looked at 5 are colour of 16 bits, 3 are grey; all become colour of 16 bits' in said[0]
+    assert len(said)==1 and '8 images looked at: 5 colour of 16 bits, 3 grey; all become colour of 16 bits' in said[0]
     np.save(tmp_path/'m'/'five.npy', deep(5, 256, np.uint8)); np.save(tmp_path/'m'/'ct.npy', np.full((8,8), -1000.))
     dls,said = quiet(image_dls, tmp_path/'m', bs=2)
     assert dls.info.skipped==2 and any('2 of 10 images could not be read' in o for o in said)

@@ -411,7 +411,7 @@ def _set_range(pixels, range, files, root):
                                         'images', stacklevel=3)
     return replace(pixels, range=tuple(map(tuple, range.tolist())))
 
-# %% ../../nbs/data/04_images.ipynb #30f70635
+# %% ../../nbs/data/04_images.ipynb #a61fbd22
 def look(
     files, root, # Paths, relative to the folder `root`
     size:int=None, channels:int=None, # Side and channels, where they are given
@@ -421,9 +421,9 @@ def look(
     seen,failed = probe(files, root)
     if not seen: _unreadable(root, failed)
     pixels,count = default_pixels(seen, channels),Counter(str(p) for p,_ in seen)
-    if len(count)>1: warnings.warn(f'{root}: of {len(seen)} images looked at '
-        f'{", ".join(f"{n} are {p}" for p,n in count.most_common())}; all become {pixels}',
-        stacklevel=3)
+    kinds = ', '.join(f'{n} {p}' for p,n in count.most_common())
+    if len(count)>1: warnings.warn(f'{root}: {len(seen)} images looked at: {kinds}; '
+                                   f'all become {pixels}', stacklevel=3)
     return _set_range(pixels, range, files, root),size or default_size(seen)
 
 def _unreadable(root, failed):
@@ -440,7 +440,7 @@ def image_listing(
     "Image files, parts and labels of a folder or a table"
     return listing(path, ENDINGS, 'images', _common, label)
 
-# %% ../../nbs/data/04_images.ipynb #1bad423c
+# %% ../../nbs/data/04_images.ipynb #e69de5ce
 class ImageFiles:
     "Image files, decoded one by one; those that fail are marked in `failed`"
     def __init__(self, files, y, size, pixels, root=''):
@@ -455,7 +455,7 @@ class ImageFiles:
             self.failed[i] = True
             raise SkipItemException(f'{self.files[i]}: {_reason(e)}')
         x = x if x.dtype==np.uint8 else x.view(np.int16) # a type that PyTorch stacks everywhere
-        return torch.from_numpy(np.ascontiguousarray(x)), self.y[i]
+        return torch.from_numpy(x.copy()), self.y[i]
 
 # %% ../../nbs/data/04_images.ipynb #bfe54be6
 class StreamDL(DataLoader):
