@@ -15,7 +15,7 @@ from ssl_nb.core.loader import finish_dls, get_kind
 from ssl_nb.data.images import Images
 from ssl_nb.data.text import Text, text_dls
 from ssl_nb.core.method import _plain_state, asked, check_method, find_methods
-from ssl_nb.evaluate.plot import show_pretext, show_neighbours
+from ssl_nb.evaluate.plot import plot_embedding, show_neighbours, show_pretext
 from ssl_nb.evaluate.report import report
 
 METHODS = sorted(find_methods())
@@ -332,3 +332,11 @@ def test_a_resumed_run_says_from_where(checkpoint, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [l for l in lines if 'going on after epoch 1 of 3' in l and '0.pt' in l]
     assert [l.split()[0] for l in lines if l[:1].isdigit()] == ['1', '2'] and lines[0].split()[:2] == ['epoch', 'train_loss']
+
+
+@pytest.mark.parametrize('h', [torch.ones(30, 8), torch.eye(30)[:, :1]*1e-9, torch.rand(3, 4)], ids=['collapsed', 'nearly', 'few'])
+def test_a_map_of_dead_or_few_features(h):
+    "scikit-learn ends the process where all samples are alike"
+    fig = plot_embedding(h, torch.zeros(len(h)).long())
+    assert sum(len(c.get_offsets()) for c in fig.axes[0].collections) == len(h)
+    plt.close(fig)

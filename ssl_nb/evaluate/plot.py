@@ -123,7 +123,9 @@ def plot_embedding(
 ):
     "A t-SNE map of the features, coloured by class"
     h,y = h[:n].cpu().numpy(),y[:n].cpu().numpy()
-    xy = TSNE(perplexity=min(30, (len(h)-1)//3), random_state=seed, init='pca').fit_transform(h)
+    init = 'pca' if h.std(0).max()>1e-6 else 'random' # of a collapse there is no principal axis
+    near = min(30, max(1, (len(h)-1)//3))
+    xy = TSNE(perplexity=near, random_state=seed, init=init).fit_transform(h)
     fig,ax = plt.subplots(figsize=(4,3.6), dpi=72) if ax is None else (ax.figure, ax)
     for i,c in enumerate(sorted(set(y.tolist()))):
         name = 'unknown' if c<0 else classes[c] if classes and c<len(classes) else str(c)
