@@ -299,9 +299,8 @@ class TextTransformer(nn.Module):
 # %% ../../nbs/core/05_encoders.ipynb #5a578eea
 @patch
 def reset_parameters(self:TextTransformer):
-    "Embeddings of length about 1, positions of deviation 0.02 as in BERT, padding at zero"
-    # BERT's 0.02 for both goes with steps of 0.0001; steps as large as ours would wipe it out
-    nn.init.normal_(self.embedding.weight, std=self.num_features**-0.5)
+    "BERT's initial embeddings: normal with deviation 0.02, padding at zero"
+    nn.init.normal_(self.embedding.weight, std=0.02)
     nn.init.normal_(self.positions, std=0.02)
     with torch.no_grad(): self.embedding.weight[0] = 0
 
