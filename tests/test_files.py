@@ -373,7 +373,7 @@ def test_pairs_divide_images_whatever_they_are_called(tmp_path):
     dls,_ = quiet(pair_dls_from_table, table(tmp_path/'t.csv', 'filename;text;label;split\n'+rows), vocab_size=400, bs=2)
     inside = [{Path(f).name for f in dl.files} for dl in dls]
     assert [len(dl.files) for dl in dls]==[16,2,6] and not inside[0]&inside[1] and not (inside[0]|inside[1])&inside[2]
-    assert dls.info.read=='24 pairs: train 16, valid 2 (cut off train), test 6; label: 2 classes (a, b)'
+    assert dls.info.read=='24 texts of 12 images: train 16, valid 2 (cut off train), test 6; label: 2 classes (a, b)'
     with pytest.raises(ValueError, match="one file, with split 'train' and 'test'"):
         pair_dls_from_table(table(tmp_path/'t.csv', 'filename;text;split\n1.png;a;train\n./1.png;b;test\n2.png;c;\n'))
 

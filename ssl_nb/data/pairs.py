@@ -167,13 +167,14 @@ def _splits(rows, split, path):
     "The part of each row"
     return split_names(rows.get(split.lower(), ['']*len(rows)), path)
 
-def _labels(rows, label, split, path, parts):
+def _labels(rows, label, split, path, parts, n_images):
     "(y, classes, what is said of them); a row that is called unlabelled has no label"
     y,classes = label_ids(label_columns(rows, label, path), len(rows))
     named = _splits(rows, split, path)
     y[[s=='unlabelled' for s in named]] = -1
     y,classes,notes = seen_in_train(y, classes, parts[0])
-    l = Listing(path, rows.index.tolist(), named, {}, notes=notes, what='pairs')
+    l = Listing(path, rows.index.tolist(), named, {}, notes=notes,
+                what=f'texts of {n_images} images')
     return y,classes,describe(l, y, classes, parts)
 
 def _divide(rows, image, split, root, path, valid, limit):
@@ -224,7 +225,7 @@ def pair_dls_from_table(
     files,of,parts = _divide(rows, image, split, root, path, valid, limit)
     x,range,where,failed = _load(files, root, size, channels, device)
     use = _usable(path, of, parts, where)
-    y,classes,read = _labels(rows, label, split, path, use)
+    y,classes,read = _labels(rows, label, split, path, use, len(files))
     info = DataInfo(name or path.stem, 'pairs', x.shape[1], x.shape[-1], classes=classes,
                     max_len=max_len, skipped=len(failed)+lost, range=range, read=read)
     trained = partial(get_tokenizer, tokenizer, vocab_size=vocab_size)
