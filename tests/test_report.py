@@ -198,3 +198,19 @@ def test_an_encoder_that_cannot_be_built_anew_is_still_reported():
     rep = report(Token(), digits_dls(), show=False)
     assert list(rep.table.index) == ['raw input', 'this encoder'] and 'cannot be built anew' in rep.protocol
     assert 'raw input' in rep.verdict()
+
+
+def test_a_streamed_set_gives_the_report_of_a_resident_one(tmp_path):
+    "Only what has a label is read, and the same samples in the same order"
+    from PIL import Image
+    from ssl_nb.data.images import image_dls
+    x, y = classes([100, 100])
+    rows = []
+    for i, (im, c) in enumerate(zip(x, y)):
+        Image.fromarray((im*255).astype(np.uint8)).save(tmp_path/f'{i}.png')
+        rows.append(f"{i}.png,{'ab'[c] if i%2 or i > 120 else ''},{'test' if i > 120 else 'train'}")
+    (tmp_path/'set.csv').write_text('\n'.join(['file,label,split', *rows]))
+    made = [image_dls(tmp_path/'set.csv', resident=r, workers=0, bs=8) for r in (True, False)]
+    a, b = [quick(dls, views=lambda v: v, most=30*64) for dls in made]
+    assert R.labelled(made[1].train, made[1].info).n == (made[0].train.y >= 0).sum() < made[1].train.n
+    for c in ('knn 10', 'probe all'): assert b.table.loc['raw input', c] == pytest.approx(a.table.loc['raw input', c])

@@ -362,7 +362,8 @@ def load_run(
 def report_run(
     run, # Folder of a finished run
     dls=None, encoder=None, # Where they are at hand already
-    device=None
+    device=None,
+    supervised=True # Rows trained with labels too? They take longest
 ): # The `Report`
     "Report on the encoder of a run; writes report.json and a map of the features"
     run = Path(run).expanduser()
@@ -372,11 +373,10 @@ def report_run(
         dls,_ = build(cfg, kept=run)
         check_same_data(cfg, dls, run)
         encoder = encoder.to(cfg['device'])
-    epochs = read_config(run)['epochs']
-    labelled = ', and one trained with labels' if dls.info.classes else ''
+    labelled = ', and two trained with labels' if supervised and not check_labels(dls) else ''
     print(f'report: raw input, random encoder, this encoder{labelled}', flush=True)
-    rep = report(encoder, dls, supervised=min(20, epochs))
-    print(f'\n{rep.protocol}')
+    rep = report(encoder, dls, supervised=supervised)
+    print(f'\n{rep.protocol}\n\n{rep.verdict()}')
     write_json(run/'report.json', rep.to_dict())
     h,y = encode(encoder, dls.test or dls.valid, 1000)
     y = one_label(y, dls.info)
