@@ -178,6 +178,7 @@ def test_captions_beside_pictures_are_pairs(pictures):
     with pytest.warns(UserWarning, match='1 of 9 rows of .* have no image or no text'): dls = Pairs.read(pictures, bs=2)
     seen = {f: c for dl in dls.loaders for f,c in zip(dl.files, dl.captions)}
     assert seen=={f'{i}.png': f'square number {i}' for i in range(8)} and dls.info.skipped==1
+    assert dls.info.read.startswith('8 texts of 8 images: train')
     for i in range(8): (pictures/f'{i}.txt').unlink()
     pd.DataFrame(dict(file_name=[f'{i}.png' for i in range(8)], text=[f'square {i}' for i in range(8)])).to_csv(pictures/'metadata.csv', index=False)
     assert kinds_of(pictures)=='pairs' and len(Pairs.read(pictures, bs=2).train.files)
