@@ -1,5 +1,6 @@
 "What the tests share: where things are, one thread for each of pytest's processes, the seconds of each notebook in the summary."
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ seconds = {}  # notebook -> seconds, gathered from the reports of all processes
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
+
+
+def quiet(f, *args, **kwargs):
+    "(result, what was warned of)"
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter('always')
+        res = f(*args, **kwargs)
+    return res, [str(w.message) for w in record if w.category is UserWarning]
 
 
 @pytest.hookimpl(optionalhook=True) # of pytest-xdist

@@ -1,9 +1,10 @@
 "Arrays, pixels of science and medicine, and how much memory reading takes: whatever is not understood is refused by name."
-import os, subprocess, sys, warnings, zlib
+import os, subprocess, sys, zlib
 from pathlib import Path
 from struct import pack
 import numpy as np, pytest, tifffile, torch
 from PIL import Image
+from conftest import quiet
 from ssl_nb.contrastive.vicreg import VICReg
 from ssl_nb.core.encoders import create_encoder
 from ssl_nb.core.learner import ssl_learner
@@ -17,13 +18,6 @@ grey = rng.integers(0, 256, (40,8,8), dtype=np.uint8)
 def unit(dls): return to_unit(torch.cat([dls.train.xs[0], dls.valid.xs[0]])) # of all pictures, in another order
 
 def same(a, b): assert torch.equal(torch.sort(a.flatten(1).mean(1))[0], torch.sort(b.flatten(1).mean(1))[0])
-
-def quiet(f, *args, **kwargs):
-    "(result, warnings)"
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter('always')
-        res = f(*args, **kwargs)
-    return res, [str(w.message) for w in record if w.category is UserWarning]
 
 # ---- arrays
 

@@ -1,8 +1,8 @@
 "Folders of clips as users have them. What `nbs/data/06_video.ipynb` shows by example is not repeated here."
-import warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from conftest import quiet
 from ssl_nb.app.cli import main
 from ssl_nb.core.encoders import create_encoder, load_encoder, save_encoder
 from ssl_nb.data.video import Video, bouncing_digits_dls, video_dl, video_dls
@@ -20,13 +20,6 @@ def ten(tmp_path):
     "Ten clips of twelve frames, 16x16, without labels"
     for i in range(10): write_clip(tmp_path/'ten'/f'c{i}', 12, i)
     return tmp_path/'ten'
-
-def quiet(f, *args, **kwargs):
-    "(result, warnings)"
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter('always')
-        res = f(*args, **kwargs)
-    return res, [str(w.message) for w in record if w.category is UserWarning]
 
 def clips_of(dl): return {f.split('#')[0] for f in dl.files}
 
