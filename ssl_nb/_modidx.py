@@ -25,6 +25,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ssl_nb.app.cli._pretrain_args': ('app/cli.html#_pretrain_args', 'ssl_nb/app/cli.py'),
                                 'ssl_nb.app.cli._report': ('app/cli.html#_report', 'ssl_nb/app/cli.py'),
                                 'ssl_nb.app.cli._report_args': ('app/cli.html#_report_args', 'ssl_nb/app/cli.py'),
+                                'ssl_nb.app.cli._supervised': ('app/cli.html#_supervised', 'ssl_nb/app/cli.py'),
                                 'ssl_nb.app.cli.main': ('app/cli.html#main', 'ssl_nb/app/cli.py'),
                                 'ssl_nb.app.cli.parser': ('app/cli.html#parser', 'ssl_nb/app/cli.py')},
             'ssl_nb.app.compare': { 'ssl_nb.app.compare._agreed': ('app/compare.html#_agreed', 'ssl_nb/app/compare.py'),

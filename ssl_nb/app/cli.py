@@ -25,6 +25,9 @@ def parser()->argparse.ArgumentParser:
     return p
 
 def _device(p): p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
+def _supervised(p):
+    p.add_argument('--no-supervised', dest='supervised', action='store_false', help='leave the rows '
+                   'trained with labels out of the report: they take longest')
 def _encoder(p, default): p.add_argument('--encoder', metavar='TIMM_NAME', help=default)
 
 # %% ../../nbs/app/05_cli.ipynb #83813391
@@ -47,6 +50,7 @@ def _pretrain_args(p):
                    'begun (without --out: the newest of this method on this data in runs/)')
     p.add_argument('--from', dest='start_from', metavar='RUN', help='train further: a new run '
                    'with the weights of RUN and a one-cycle schedule of its own over --epochs')
+    _supervised(p)
 
 # %% ../../nbs/app/05_cli.ipynb #2242b40b
 def _compare_args(p):
@@ -69,6 +73,7 @@ def _compare_args(p):
 # %% ../../nbs/app/05_cli.ipynb #7c2f5549
 def _report_args(p):
     p.add_argument('run', help='folder of the run')
+    _supervised(p)
     _device(p)
 
 def _embed_args(p):
@@ -85,9 +90,9 @@ def _docs_args(p):
 # %% ../../nbs/app/05_cli.ipynb #4693df3c
 def _pretrain(a):
     from ssl_nb.app.run import pretrain
-    pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, a.start_from, encoder=a.encoder,
-             epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, size=a.size, device=a.device,
-             seed=a.seed)
+    pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, a.start_from, a.supervised,
+             encoder=a.encoder, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, size=a.size,
+             device=a.device, seed=a.seed)
 
 def _compare(a):
     from ssl_nb.app.compare import compare_folder
@@ -104,7 +109,7 @@ def _methods(a):
 # %% ../../nbs/app/05_cli.ipynb #b0e38dd6
 def _report(a):
     from ssl_nb.app.run import report_run
-    report_run(a.run, device=a.device)
+    report_run(a.run, device=a.device, supervised=a.supervised)
 
 def _embed(a):
     from ssl_nb.app.run import embed

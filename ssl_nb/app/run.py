@@ -278,6 +278,7 @@ def pretrain(
     resume:bool=False, # Go on with the run in `out`, or with the newest one of its kind?
     save_seconds:float=5., # A checkpoint at most this often; one is always written at the end
     start_from=None, # Folder of a run whose weights to begin with
+    supervised:bool=True, # Rows trained with labels in the report?
     **settings # encoder, epochs, batch_size, lr, device, seed, size
 )->Path: # The folder
     "Pre-train on a data set, and leave a folder with encoder, report, figures and checkpoint"
@@ -290,7 +291,7 @@ def pretrain(
         old = resume and (is_run(out) or there.exists())
         if old: cfg = resumed(out, cfg, [k for k,v in given.items() if v is not None])
         elif resume: print(f'{out} holds no run to go on with: a new one begins')
-        try: _report_after(out, *_train(cfg, out, save_seconds))
+        try: _report_after(out, *_train(cfg, out, save_seconds), supervised)
         except KeyboardInterrupt: _say_stopped(cfg, out); raise
     return out
 
@@ -330,9 +331,9 @@ def _say_stopped(cfg, out):
     print(f'\nstopped; {how}', file=sys.stderr)
 
 # %% ../../nbs/app/01_run.ipynb #7a16f602
-def _report_after(out, dls, encoder):
+def _report_after(out, dls, encoder, supervised):
     "The report of a training that is saved already"
-    try: report_run(out, dls, encoder)
+    try: report_run(out, dls, encoder, supervised=supervised)
     except Exception as e:
         why = str(e).strip().split('\n')[0] or type(e).__name__
         raise ValueError(f'trained and saved in {out}/encoder, but the report failed: {why}. '

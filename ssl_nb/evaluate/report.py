@@ -240,6 +240,7 @@ def _train_supervised(encoder, dls, train, epochs, lr, wd, views, seed, label, n
     "(a trained encoder, the number of epochs)"
     info,watch = dls.info,dls.valid
     if not epochs: train,watch = _to_train_and_watch(dls, train, label, n, seed)
+    most = most or int(np.clip(100_000//train.n, 10, 60))
     device = next(encoder.parameters()).device
     enc,dls = fresh_encoder(encoder, seed),finish_dls([train, watch], info, dls.device)
     model = nn.Sequential(enc, nn.Linear(enc.num_features, len(info.names(label)))).to(device)
@@ -263,7 +264,7 @@ def train_supervised(
     views=None, # Random views for augmentation
     seed:int=0, label:str=None, # Which label, where samples have several
     n:int=None, # Labels per class to train with; None takes all
-    most:int=60, # Epochs at most
+    most:int=None, # Epochs at most; by default 100,000 samples, in 10 to 60 epochs
     patience:int=5 # Epochs without a rise before it stops
 ): # A trained encoder
     "Train a random copy of the encoder with labels: the reference at the top"
@@ -516,7 +517,8 @@ def _trained_with_labels(encoder, dls, plan, supervised, said):
     few,own,info = [n for n in plan.labels if n],supervised is True,plan.info
     views = plan.views if get_kind(info.kind).augment else None
     train = partial(_train_supervised, encoder, dls, lr=2e-3, wd=0.05, views=views, seed=plan.seed,
-                    label=plan.label, most=60, patience=5, epochs=None if own else supervised)
+                    label=plan.label, most=None, patience=5,
+                    epochs=None if own else supervised)
     best,epochs = train(labelled(dls.train, info, plan.label), n=None)
     how = f'{epochs} epochs' + (', until valid stopped rising' if own else '')
     said.append('Supervised: the same architecture from random weights, cross-entropy on all '
