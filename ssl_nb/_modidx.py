@@ -1264,6 +1264,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ssl_nb.evaluate.report._loaders': ('evaluate/report.html#_loaders', 'ssl_nb/evaluate/report.py'),
                                         'ssl_nb.evaluate.report._luck': ('evaluate/report.html#_luck', 'ssl_nb/evaluate/report.py'),
                                         'ssl_nb.evaluate.report._majority': ('evaluate/report.html#_majority', 'ssl_nb/evaluate/report.py'),
+                                        'ssl_nb.evaluate.report._most': ('evaluate/report.html#_most', 'ssl_nb/evaluate/report.py'),
                                         'ssl_nb.evaluate.report._number': ('evaluate/report.html#_number', 'ssl_nb/evaluate/report.py'),
                                         'ssl_nb.evaluate.report._part': ('evaluate/report.html#_part', 'ssl_nb/evaluate/report.py'),
                                         'ssl_nb.evaluate.report._plan': ('evaluate/report.html#_plan', 'ssl_nb/evaluate/report.py'),

@@ -236,11 +236,13 @@ def _to_train_and_watch(dls, train, label, n, seed, least=20):
     return train.take(torch.from_numpy(idx)).new(bs=bs, shuffle=True, drop_last=True),watch
 
 # %% ../../nbs/evaluate/01_report.ipynb #fe6f92a2
+def _most(n): return int(np.clip(100_000//n, 10, 60)) # epochs of n samples
+
 def _train_supervised(encoder, dls, train, epochs, lr, wd, views, seed, label, n, most, patience):
     "(a trained encoder, the number of epochs)"
     info,watch = dls.info,dls.valid
     if not epochs: train,watch = _to_train_and_watch(dls, train, label, n, seed)
-    most = most or int(np.clip(100_000//train.n, 10, 60))
+    most = most or _most(train.n)
     device = next(encoder.parameters()).device
     enc,dls = fresh_encoder(encoder, seed),finish_dls([train, watch], info, dls.device)
     model = nn.Sequential(enc, nn.Linear(enc.num_features, len(info.names(label)))).to(device)
@@ -624,7 +626,8 @@ def _seconds(encoder, dls, plan, supervised):
     b,start = plan.x[:64],time.perf_counter()
     encode(encoder, [(b, b)])
     each = (time.perf_counter()-start)/len(b)
-    trained = dls.train.n*25*3 if supervised is True else dls.train.n*3*int(supervised)
+    epochs = min(25, _most(dls.train.n)) if supervised is True else int(supervised)
+    trained = 3*dls.train.n*epochs # forwards, and backwards twice as long
     return 2*each*sum(dl.n for dl in plan.loaders), each*trained*bool(plan.labels and not plan.pool)
 
 def _announce(*args):
