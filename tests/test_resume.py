@@ -301,7 +301,8 @@ def test_a_signal_ends_as_ctrl_c_does(tmp_path):
     out = tmp_path/'run'
     command = [sys.executable, '-W', 'ignore', '-c', 'import sys; from ssl_nb.app.cli import main; sys.exit(main())', 'pretrain', 'rotation',
                '--data', 'digits', '--epochs', '500', '--device', 'cpu', '--save-seconds', '0', '--out', str(out)]
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL) # also where the tests themselves run under nohup
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while p.poll() is None and not (out/'checkpoint.pt').exists(): time.sleep(0.05)
     time.sleep(0.3)
     p.send_signal(signal.SIGHUP)
