@@ -1305,8 +1305,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ssl_nb/evaluate/report.py'),
                                         'ssl_nb.evaluate.report.paired_lead': ( 'evaluate/report.html#paired_lead',
                                                                                 'ssl_nb/evaluate/report.py'),
-                                        'ssl_nb.evaluate.report.random_copy': ( 'evaluate/report.html#random_copy',
-                                                                                'ssl_nb/evaluate/report.py'),
                                         'ssl_nb.evaluate.report.raw_features': ( 'evaluate/report.html#raw_features',
                                                                                  'ssl_nb/evaluate/report.py'),
                                         'ssl_nb.evaluate.report.report': ('evaluate/report.html#report', 'ssl_nb/evaluate/report.py'),

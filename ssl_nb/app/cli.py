@@ -25,10 +25,10 @@ def parser()->argparse.ArgumentParser:
     return p
 
 def _device(p): p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
-def _supervised(p):
-    p.add_argument('--no-supervised', dest='supervised', action='store_false', help='leave the rows '
-                   'trained with labels out of the report: they take longest')
 def _encoder(p, default): p.add_argument('--encoder', metavar='TIMM_NAME', help=default)
+def _supervised(p):
+    p.add_argument('--no-supervised', dest='supervised', action='store_false',
+                   help='leave the rows trained with labels out of the report: they take longest')
 
 # %% ../../nbs/app/05_cli.ipynb #83813391
 def _pretrain_args(p):

@@ -268,9 +268,9 @@ def build(
     seed_everything(cfg['seed'])
     return dls,cls.for_data(create_encoder(cfg['encoder'], dls.info), dls).to(cfg['device'])
 
-# %% ../../nbs/app/01_run.ipynb #30cce94d
-_ours = 'config.json','history.csv','pretext.png','tokenizer.json'
+_ours = 'config.json','history.csv','pretext.png','tokenizer.json' # of a start that may fail
 
+# %% ../../nbs/app/01_run.ipynb #30cce94d
 def pretrain(
     method:str, # Name of the method's notebook, such as 'simclr'
     data=None, # Name of a built-in set, or a path; None takes what comes with the library
