@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from ssl_nb.app.run import embed, pretrain
+from ssl_nb.app.embed import embed
+from ssl_nb.app.run import pretrain
 from ssl_nb.data.files import (class_ids, divide, folder_listing, list_files, listing, printable, read_table, split_names,
                                table_listing, three_parts, twins)
 from ssl_nb.data.images import image_dl, image_dls

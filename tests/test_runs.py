@@ -12,7 +12,8 @@ from ssl_nb.app.checks import write_record
 from ssl_nb.app.cli import main
 from ssl_nb.core.loader import digits_dls
 from ssl_nb.core.method import check_method, find_methods, get_method
-from ssl_nb.app.run import build, embed, get_dls, guess_kind, pretrain, read_config, run_config, run_folder
+from ssl_nb.app.embed import embed
+from ssl_nb.app.run import build, get_dls, guess_kind, pretrain, read_config, run_config, run_folder
 from ssl_nb.app.runner import settings
 from ssl_nb.core.learner import Checkpoint
 from ssl_nb.data.images import image_listing

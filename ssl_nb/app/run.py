@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['builtin_data', 'guess_kind', 'which_data', 'read_data', 'get_dls', 'run_config', 'read_config', 'is_run',
            'run_folder', 'resumed', 'data_seen', 'check_same_data', 'FromRun', 'started_from', 'build', 'pretrain',
-           'load_run', 'report_run', 'embed']
+           'load_run', 'report_run']
 
-# %% ../../nbs/app/01_run.ipynb #58677827
+# %% ../../nbs/app/01_run.ipynb #b03dff03
 import hashlib, inspect, json, platform, shlex, sys, warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
 from fastai.callback.core import Callback
 from .checks import (check_settings, check_words, pick_device, read_record, workplace,
-                               writable, write_record)
+                               write_record)
 from ..core.common import write_json
 from ..core.encoders import create_encoder, load_encoder, save_encoder
 from ..core.learner import Checkpoint, read_state, seed_everything, ssl_learner
 from ..core.loader import find_kinds, get_kind, one_label
 from ..core.measures import encode
 from ..core.method import check_modality, get_method
-from ..data.files import printable
 from ..evaluate.plot import plot_embedding, plot_training, show_pretext
 from ..evaluate.report import check_labels, report
 
@@ -383,26 +382,3 @@ def report_run(
     y = one_label(y, dls.info)
     if len(h)>10: _save_figure(lambda: plot_embedding(h, y, dls.info.names()), run/'embedding.png')
     return rep
-
-# %% ../../nbs/app/01_run.ipynb #5afc7091
-def embed(
-    run, # Folder of a finished run
-    data, # Folder of files of the kind that it was trained on, or a table that lists them
-    out=None, # 'features.parquet' (default) or a name that ends in .npz
-    device=None, batch_size:int=256
-)->Path: # The file
-    "Features of all files under a folder, with their names"
-    check_settings(data=data, out=out, batch_size=batch_size)
-    device,out = pick_device(device),Path(out or 'features.parquet').expanduser()
-    if out.suffix not in ('.parquet','.npz'):
-        raise ValueError(f'{out}: features are written as .parquet or .npz')
-    cfg,enc = load_run(run)
-    writable(out.parent)
-    kind = get_kind(cfg['info']['kind'])
-    dl = kind.files(data, kind.Info(**cfg['info']), batch_size, device, Path(run).expanduser())
-    h = encode(enc.to(device), dl)[0].cpu().numpy().astype(np.float32)
-    files,columns = [printable(str(f)) for f in dl.files],{f'f{i}': c for i,c in enumerate(h.T)}
-    if out.suffix=='.npz': np.savez_compressed(out, files=np.array(files), features=h)
-    else: pd.DataFrame({'file': files} | columns).to_parquet(out, index=False)
-    print(f'{len(h)} x {h.shape[1]} features -> {out}')
-    return out
