@@ -14,7 +14,8 @@ from PIL import Image
 
 from ssl_nb.app.embed import embed
 from ssl_nb.app.run import pretrain
-from ssl_nb.data.files import (class_ids, divide, folder_listing, list_files, listing, printable, read_table, split_names,
+from ssl_nb.core.loader import class_ids, known_labels
+from ssl_nb.data.files import (divide, folder_listing, list_files, listing, printable, read_table, split_names,
                                table_listing, three_parts, twins)
 from ssl_nb.data.images import image_dl, image_dls
 from ssl_nb.data.pairs import pair_dls_from_table
@@ -291,7 +292,21 @@ def test_cells_that_are_no_label(tmp_path):
     df.to_parquet(tmp_path/'t.parquet')
     df.to_json(tmp_path/'t.jsonl', orient='records', lines=True)
     for name in ('t.parquet','t.jsonl'): assert table_listing(tmp_path/name).label['label']==['3',None,None,'4']
-    assert class_ids(['--1','2','nan'])[1]==['--1','2']
+    assert class_ids(known_labels(['--1','2','nan']))[1]==['--1','2']
+
+@pytest.mark.parametrize('make,name', [(image_dls,'images'), (video_dls,'clips'), (text_dls,'texts'), (pair_dls_from_table,'texts of 16 images')])
+def test_folders_may_be_called_like_words_that_say_nothing(tmp_path, make, name):
+    "Whoever calls a folder NA (sodium, Namibia) or -1 means a class; in a cell of a table the same word says that nothing is known"
+    for i in range(16):
+        folder = tmp_path/('NA','nan','None','-1')[i%4]
+        if make is not text_dls: picture(folder/(f'{i}/1.png' if make is video_dls else f'{i}.png'), i)
+        if make not in (image_dls,video_dls):
+            folder.mkdir(exist_ok=True)
+            (folder/f'{i}.txt').write_text(f'this is number {i} of them all')
+    given = {video_dls: dict(frames=1), image_dls: {}}.get(make, dict(vocab_size=300))
+    dls,said = quiet(make, tmp_path, bs=2, **given)
+    assert dls.info.names()==['-1','NA','None','nan'] and f'16 {name}: train' in dls.info.read and 'without a label' not in dls.info.read
+    assert all((dl.y>=0).all() for dl in dls.loaders) and not said
 
 @pytest.mark.parametrize('encoding', ['utf-8','utf-8-sig','utf-16','utf-32'])
 @pytest.mark.parametrize('name,sep', [('t.csv',','), ('t.csv',';'), ('t.csv','\t'), ('t.csv','|'), ('t.tsv','\t')])
@@ -377,6 +392,32 @@ def test_pairs_divide_images_whatever_they_are_called(tmp_path):
     assert dls.info.read=='24 texts of 12 images: train 16, valid 2 (cut off train), test 6; label: 2 classes (a, b)'
     with pytest.raises(ValueError, match="one file, with split 'train' and 'test'"):
         pair_dls_from_table(table(tmp_path/'t.csv', 'filename;text;split\n1.png;a;train\n./1.png;b;test\n2.png;c;\n'))
+
+def test_pairs_say_what_they_left_out(tmp_path):
+    "Rows without an image or a text, images that cannot be read, copies across the split, files elsewhere: all in the one line"
+    for i in range(12): picture(tmp_path/'here'/f'{i}.png', i)
+    picture(tmp_path/'there.png', 50)
+    (tmp_path/'here'/'bad.png').write_text('no image')
+    (tmp_path/'here'/'copy.png').write_bytes((tmp_path/'here'/'3.png').read_bytes())
+    rows = [(f'{i}.png',f'it is {i}','test' if i>8 else '') for i in range(12)]
+    rows += [('copy.png','a copy','test'), ('../there.png','far','train'), ('','no image',''), ('5.png',' ',''), ('bad.png','bad',''), ('gone.png','gone','')]
+    pd.DataFrame(rows, columns=['file','text','split']).to_csv(tmp_path/'here'/'t.csv', index=False)
+    dls,said = quiet(pair_dls_from_table, tmp_path/'here'/'t.csv', vocab_size=300, bs=2)
+    for part in ('14 texts of 14 images: train', '1 of them lie outside the folder of t.csv', '1 held-out images are byte for byte in train, too',
+                 '1 rows without an image (row 15)', '1 rows without a text (row 16)', '2 of 16 images could not be read and are left out: bad.png (not an image), gone.png'):
+        assert part in dls.info.read, dls.info.read
+    assert dls.info.skipped==4 and sum(len(dl.files) for dl in dls.loaders)==14
+
+def test_pairs_of_a_folder_say_what_they_left_out(tmp_path):
+    for i in range(10):
+        picture(tmp_path/f'{i}.png', i)
+        if i: (tmp_path/f'{i}.txt').write_text('' if i==1 else f'it is {i}')
+    (tmp_path/'alone.txt').write_text('alone')
+    (tmp_path/'x.doc').touch()
+    dls,_ = quiet(pair_dls_from_table, tmp_path, vocab_size=300, bs=2)
+    for part in ('8 texts of 8 images', '1 empty texts (1.txt)', '1 texts without an image (alone.txt)', '1 images without a text (0.png)',
+                 '1 files with other endings (1 .doc)'):
+        assert part in dls.info.read, dls.info.read
 
 
 # ---- whatever is there

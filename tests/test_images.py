@@ -71,7 +71,7 @@ def test_truncated_are_counted_and_reported_once(ten):
     dls,messages = quiet(image_dls, ten, bs=2)
     assert len(messages)==1 and messages[0].startswith('4 of 10 images could not be read')
     assert sum(f'{i}.png' in messages[0] for i in (1,3,4,8)) == 3 and messages[0].endswith(', ...')
-    assert dls.info.skipped == 4
+    assert dls.info.skipped == 4 and messages[0] in dls.info.read # said once, and kept in the line that says what was read
     assert sorted(f for dl in dls for f in dl.files) == [f'{i}.png' for i in (0,2,5,6,7,9)]
     _,messages = quiet(lambda: [b for dl in dls for b in dl])
     assert messages == []

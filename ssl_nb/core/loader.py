@@ -240,7 +240,7 @@ def files(cls:Kind,
     info, # Of the data that the encoder was trained on
     bs:int=256, device=None,
     kept=None # Folder of the run
-): # A loader in the order of its `files`
+): # A loader in the order of its `files`; its `listing` knows their labels and parts
     "All samples at `path`, unshuffled, as an encoder trained on `info` wants them"
     raise NotImplementedError(f'{cls.__name__} cannot embed {path}')
 
@@ -397,10 +397,10 @@ def _label(cell):
 
 # %% ../../nbs/core/02_loader.ipynb #f153d866
 def class_ids(
-    labels # Class names of any type; None, '', -1 and NaN are unknown
+    labels # Names of classes; None or '' where nothing is known
 ): # (numbers (N,) with -1 for unknown, sorted names)
     "Numbers for the classes of one label"
-    names = known_labels(labels)
+    names = [None if o in (None,'') else str(o) for o in labels]
     known = set(names)-{None}
     number = all(re.fullmatch(r'-?[0-9]+([.][0-9]+)?', n) for n in known)
     classes = sorted(known, key=(lambda n: (float(n), n)) if number else str)
@@ -445,7 +445,7 @@ def classes_of(
     named = DataInfo(classes=classes or {}).classes
     if not named:
         names = ['class'] if y.ndim==1 else [f'label {k}' for k,_ in enumerate(columns)]
-        return label_ids(dict(zip(names, columns)), len(y))
+        return label_ids(dict(zip(names, map(known_labels, columns))), len(y))
     if len(named)!=len(columns):
         raise ValueError(f'y holds {len(columns)} labels and classes names {[*named]}')
     ids = np.array([_numbered(c, k, named[k]) for c,k in zip(columns, named)]).T

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FOREIGN', 'SPLITS', 'PACKS', 'TABLES', 'FILE', 'ending', 'list_files', 'printable', 'share_of', 'split_of', 'settle',
            'Listing', 'read_folders', 'folder_listing', 'real_files', 'text_encoding', 'table_kind', 'read_table',
-           'split_names', 'label_columns', 'table_listing', 'listing', 'spaced', 'three_parts', 'twins',
-           'seen_in_train', 'divide', 'describe', 'warn_left', 'warn_skipped', 'free_memory', 'fits']
+           'split_names', 'label_columns', 'outside', 'table_listing', 'listing', 'spaced', 'three_parts', 'twins',
+           'same_bytes', 'seen_in_train', 'divide', 'describe', 'warn_left', 'warn_skipped', 'free_memory', 'fits']
 
 # %% ../../nbs/data/01_files.ipynb #637c0213
 import codecs, json, os, re, stat, warnings
@@ -422,6 +422,14 @@ def label_columns(
 # %% ../../nbs/data/01_files.ipynb #999e17be
 FILE = 'file|path|image|filename|file_name|filepath|file_path|image_path' # columns that name files
 
+def outside(
+    files, # As a table names them
+    table:str # Its name
+)->list: # What is said of them; empty where all lie below
+    "How many files of a table do not lie in its folder"
+    n = sum(os.path.isabs(f) or os.path.normpath(f).split('/')[0]=='..' for f in files)
+    return [f'{n} of them lie outside the folder of {table}']*bool(n)
+
 def _file_name(cell, root):
     "A usable name of a file, or None"
     if not isinstance(cell, str) or not cell.strip() or '\0' in cell: return None
@@ -446,10 +454,8 @@ def table_listing(
     left = {'rows without a file': [f'row {i+1}' for i,f in enumerate(files) if not f]}
     df,files = df.iloc[keep],[files[i] for i in keep]
     split = split_names(df.split if 'split' in df else ['']*len(df), path)
-    out = sum(os.path.isabs(f) or os.path.normpath(f).split('/')[0]=='..' for f in files)
-    notes = [f'{out} of them lie outside the folder of {path.name}']*bool(out)
     return Listing(path.parent, files, split, label_columns(df, label, path),
-                   {k: v for k,v in left.items() if v}, notes, what).once()
+                   {k: v for k,v in left.items() if v}, outside(files, path.name), what).once()
 
 # %% ../../nbs/data/01_files.ipynb #d9ddd884
 def listing(
@@ -542,6 +548,13 @@ def twins(
     whole = [{p: _digest(p) for p in part if next(room)} for part in pieces[::-1]][::-1]
     return list(_alike(*whole)[1])
 
+def same_bytes(
+    l, parts # A `Listing`, and its [train, valid, test] indices
+)->list: # What is said of them; empty where there are none
+    "How many held-out files are in train as well, under another name"
+    same = twins(l.root, l.files, parts[0], np.concatenate(parts[1:]))
+    return [f'{len(same)} held-out {l.what} are byte for byte in train, too']*bool(same)
+
 # %% ../../nbs/data/01_files.ipynb #4e925d90
 def _few(names, n=3):
     return ', '.join(map(str, names[:n])) + (f' and {len(names)-n} more' if len(names)>n else '')
@@ -597,8 +610,7 @@ def divide(
     l.notes += one+notes
     if beside := [f for f,s in zip(l.files, l.split) if not s]:
         l.left[f'{l.what} that lie beside the folders train, valid and test'] = beside
-    if same := twins(l.root, l.files, parts[0], np.concatenate(parts[1:])):
-        l.notes.append(f'{len(same)} held-out {l.what} are byte for byte in train, too')
+    l.notes += same_bytes(l, parts)
     warn_left(l)
     return y,classes,parts,describe(l, y, classes, parts)
 
@@ -639,17 +651,18 @@ def warn_left(
 
 # %% ../../nbs/data/01_files.ipynb #96fe6fba
 def warn_skipped(
-    names, # Files that could not be read
-    total:int, # Files in all
-    reason:str='', # Of the first
+    files, # All that were tried
+    failed:dict, # {index: reason} of those that could not be read
     what:str='images'
-):
+)->str: # The same for the line that says what was read; empty where all could be read
     "Say once how many files were left out, with the first three names"
-    if not names: return
-    first = names[0] + (f' ({reason})' if reason else '')
-    named = ', '.join([first,*names[1:3]]) + (', ...' if len(names)>3 else '')
-    warnings.warn(f'{len(names)} of {total} {what} could not be read and are left out: {named}',
-                  stacklevel=3)
+    if not failed: return ''
+    (first,why),*more = [(files[i], why) for i,why in failed.items()]
+    names = [first + f' ({why})'*bool(why), *(f for f,_ in more[:2]), *['...']*(len(more)>2)]
+    said = printable(f'{len(failed)} of {len(files)} {what} could not be read and are left out: '
+                     f'{", ".join(names)}')
+    warnings.warn(said, stacklevel=3)
+    return f'; {said}'
 
 # %% ../../nbs/data/01_files.ipynb #0a042487
 def free_memory()->int: # bytes

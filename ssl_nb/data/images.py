@@ -20,10 +20,10 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, SkipItemException
 from fastcore.basics import chunked, patch
 from fastcore.parallel import num_cpus
-from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps, UnidentifiedImageError
 from ..core.common import end_with_parent
 from ..core.encoders import image_encoder
+from ..core.learner import progress as with_bar
 from ..core.loader import (DataInfo, Kind, ResidentDL, channel_stats, cut, digits_dls,
                                 finish_dls, sample_step, scaled, to_unit)
 from ..core.views import image_views
@@ -155,7 +155,7 @@ def _depth(dtype): return 8 if dtype in (bool,np.uint8) else 16 if dtype==np.uin
 def _is_whole(im):
     "Does Pillow keep all bands and bits of this file?"
     if im.format=='PNG':
-        return not im.tile or im.tile[0][3] not in ('RGB;16B','RGBA;16B')
+        return im.mode[0]=='I' or not im.tile or not str(im.tile[0][3]).endswith(';16B')
     if im.format!='TIFF': return True
     bits,signed,extra = [im.tag_v2.get(tag, ()) for tag in (258,339,338)]
     on_its_side = im.tag_v2.get(274, 1)>4 and im.tag_v2.get(262) in (0,1,2)
@@ -212,16 +212,11 @@ def _from_tiff(file):
 
 # %% ../../nbs/data/04_images.ipynb #001bf221
 def _from_png(file, im):
-    "A PNG of 16 bits: Pillow gives the high bytes, and asked for little endian the low ones"
-    turn = im.getexif().get(274, 1)
-    def read():
-        both = []
-        for raw in (f'{im.mode};16B', f'{im.mode};16L'):
-            with Image.open(file, formats=['PNG']) as again:
-                again.tile = [(*again.tile[0][:3], raw)]
-                both.append(np.asarray(again).astype(np.uint16))
-        return _turn(both[0]*256+both[1], turn)
-    return Stored(Pixels(im.mode, 16), im.size, read)
+    "A PNG of 16 bits in more than one band; its header was read"
+    from imagecodecs import png_decode
+    bands,turn = im.tile[0][3].split(';')[0],im.getexif().get(274, 1)
+    read = lambda: _turn(png_decode(Path(file).read_bytes())[...,:len(bands)], turn)
+    return Stored(Pixels(bands, 16), im.size, read)
 
 # %% ../../nbs/data/04_images.ipynb #a852256e
 def opened(
@@ -316,8 +311,8 @@ def load_images(
     with _pool(n, workers) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore') # Pillow's remarks on odd but readable files
         done = pool.map(partial(_read_chunk, size=size, pixels=pixels), chunks)
-        if n>2000 if progress is None else progress:
-            done = progress_bar(done, total=len(chunks), leave=False)
+        shown = n>2000 if progress is None else progress
+        done = with_bar(done, len(chunks), 'reading', shown)
         for i,(images,bad) in enumerate(done):
             x[k*i:k*i+k] = images
             failed.update({k*i+j: why for j,why in bad.items()})
@@ -376,34 +371,38 @@ def _values(file, pixels):
 # %% ../../nbs/data/04_images.ipynb #e3978125
 def measure_range(
     files, # Paths
-    pixels:Pixels # Of the set, more than 8 bits deep
+    pixels:Pixels, # Of the set, more than 8 bits deep
+    percentiles:bool=False # Of the values themselves, also where the type says what they mean?
 ): # (ranges (C,2), how they were found)
     "What becomes 0 and 1, measured on at most 200 files"
     with ThreadPoolExecutor(num_cpus()) as pool:
         found = [o for o in pool.map(partial(_values, pixels=pixels), spaced(files, 200)) if o]
     values,low,high = [*zip(*found)] or ([np.zeros((1,pixels.channels))],[0],[0])
-    if pixels.depth==16:
+    if pixels.depth==16 and not percentiles:
         bits = next(b for b in (8,10,12,14,16) if max(high) < 2**b)
         return [(0.,2.**bits-1)]*pixels.channels, '' if bits==16 else f'the {bits} bits in use'
     values = np.concatenate(values)
-    if values.dtype.kind=='f' and min(low)>=0 and max(high)<=1: return [(0.,1.)]*pixels.channels,''
+    unit = values.dtype.kind=='f' and min(low)>=0 and max(high)<=1
+    if unit and not percentiles: return [(0.,1.)]*pixels.channels,''
     ends = np.percentile(values, [0.1,99.9], axis=0).T
     return [(a, b if a<b else a+1) for a,b in ends.tolist()],'99.8% of the values'
 
 # %% ../../nbs/data/04_images.ipynb #719066b9
 def _as_ranges(range, n):
     "(low, high), or one for each of n bands, as (n,2)"
-    a = np.asarray(range, float)
+    try: a = np.asarray(range, float)
+    except (TypeError, ValueError): a = np.empty(0) # words
     if a.shape in ((2,),(1,2),(n,2)) and (a[...,0]<a[...,1]).all(): return np.broadcast_to(a, (n,2))
-    raise ValueError(f'range must be (low, high) with low < high, or {n} such pairs for {n} bands; '
-                     f'got {range}')
+    raise ValueError(f"range must be (low, high) with low < high, {n} such pairs for {n} bands, or "
+                     f"'percentiles'; got {range!r}")
 
 def _set_range(pixels, range, files, root):
     "The pixels with their range, which is said where it was measured"
+    own,how,n = isinstance(range, str) and range=='percentiles','',pixels.channels
     if pixels.depth==8 and range is None: return pixels
-    how,n = '',pixels.channels
-    if range is None: range,how = measure_range([os.path.join(root, f) for f in files], pixels)
-    range = _as_ranges(range, n)
+    if pixels.depth>8 and (own or range is None):
+        range,how = measure_range([os.path.join(root, f) for f in files], pixels, own)
+    range = _as_ranges((0,255) if own and pixels.depth==8 else range, n)
     ends = ', '.join(f'{a:.6g} to {b:.6g}' for a,b in range[:3])+(', ...' if n>3 else '')
     if how: warnings.warn(f'{root}: {pixels}; {how} ({ends}) become 0 to 1, what lies beyond is '
                           'cut off; range=(low, high) sets others', stacklevel=3)
@@ -415,7 +414,7 @@ def _set_range(pixels, range, files, root):
 def look(
     files, root, # Paths, relative to the folder `root`
     size:int=None, channels:int=None, # Side and channels, where they are given
-    range=None # (low, high) of all or of each channel; measured where it is not given
+    range=None # (low, high) of all or of each channel; measured if not given, or 'percentiles'
 ): # (`Pixels`, size)
     "What the images of a set shall become; `ValueError` if none can be opened"
     seen,failed = probe(files, root)
@@ -528,7 +527,8 @@ def __iter__(self:StreamDL):
     if 'info' in vars(self): self.info.skipped = len(bad)
     if bad and not ds.warned:
         ds.warned = True
-        warn_skipped([ds.files[i] for i in bad], len(ds))
+        said = warn_skipped(ds.files, dict.fromkeys(bad, ''))
+        if 'info' in vars(self): self.info.read += said
 
 @patch
 def one_batch(self:StreamDL):
@@ -551,8 +551,8 @@ def _resident(files, y, parts, size, pixels, root, info, bs, device, seed, worke
     files,y = [files[i] for i in order],y[order]
     x,good,failed = load_images(files, size, pixels, root, workers)
     if len(good)==0: _unreadable(root, {files[i]: why for i,why in failed.items()})
+    info.read += warn_skipped(files, failed)
     a,b,c = _bounds(good, [len(p) for p in parts], root)
-    warn_skipped([files[i] for i in failed], len(files), next(iter(failed.values()), ''))
     info.skipped = len(failed)
     info.mean,info.std = channel_stats(x[:a])
     loaders = []
@@ -604,7 +604,7 @@ def image_dls(
     limit:int=None, # At most so many images of each part, evenly spaced
     label='label', # Column of the label in a table, or several
     name:str=None, # Default: the name of the folder
-    range=None # (low, high) that become 0 and 1, for more than 8 bits; or one pair a channel
+    range=None # (low, high) that become 0 and 1, or one pair a channel, or 'percentiles'
 )->DataLoaders: # `train`, `valid`, `test` (or None), each with `files`; `info`
     "DataLoaders of a folder of images: any size, any number of channels, with or without labels"
     l = image_listing(path, label)
@@ -638,10 +638,10 @@ def image_dl(
     else:
         x,good,failed = load_images(l.files, info.size, pixels, l.root, workers)
         if len(good)==0: _unreadable(l.root, {l.files[i]: why for i,why in failed.items()})
-        warn_skipped([l.files[i] for i in failed], n, next(iter(failed.values()), ''))
+        warn_skipped(l.files, failed)
         dl,info.skipped = ResidentDL(x, bs=bs, device=device),len(failed)
         dl.files = [l.files[i] for i in good]
-    dl.info = info
+    dl.info,dl.listing = info,l
     return dl
 
 # %% ../../nbs/data/04_images.ipynb #8e44b57d
@@ -651,8 +651,10 @@ class Images(Kind):
     builtin = dict(mnist=mnist_dls, digits=digits_dls, scenes=scenes_dls, photos=photos_dls)
 
     @classmethod
-    def read(cls, path, bs=256, device=None, seed=0, size=None, limit=None, kept=None, **kwargs):
-        return image_dls(path, size, bs, seed=seed, device=device, limit=limit, **kwargs)
+    def read(cls, path, bs=256, device=None, seed=0, size=None, limit=None, kept=None, range=None,
+             **kwargs):
+        return image_dls(path, size, bs, seed=seed, device=device, limit=limit, range=range,
+                         **kwargs)
 
     @classmethod
     def suits(cls, path):

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from ..core.loader import DataInfo, channel_stats, digits_dls, make_dls
-from .files import (FILE, TABLES, Listing, describe, ending, fits, label_columns,
-                               label_ids, list_files, read_table, real_files, seen_in_train,
-                               split_names, table_kind, three_parts, warn_skipped)
+from .files import (FILE, FOREIGN, TABLES, Listing, describe, ending, fits,
+                               label_columns, label_ids, list_files, outside, read_table,
+                               real_files, same_bytes, seen_in_train, split_names, table_kind,
+                               three_parts, warn_left, warn_skipped)
 from .images import ENDINGS, Images, load_images, look
 from .scenes import COLOURS as SCENE_COLOURS, DIGITS, PLACES, TEMPLATES, draw_scenes
 from .text import encode, get_tokenizer, keep_tokenizer, kept_tokenizer, read_texts
@@ -115,13 +116,18 @@ def scene_pairs_dls(
 TEXT = 'text|caption' # columns that hold texts
 
 def _beside(folder):
-    "(rows (file, text, split, label) of the images with a text of the same name, files without)"
-    stem = lambda f: os.path.splitext(f)[0]
-    images,df = {stem(f): f for f in list_files(folder, ENDINGS, 'images')},read_texts(folder)
+    "(rows of the images with a text of the same name, what was left out: reason -> names)"
+    stem,left = lambda f: os.path.splitext(f)[0],{}
+    images = {stem(f): f for f in list_files(folder, ENDINGS, 'images', left=left)}
+    df = read_texts(folder)
     df['file'] = [images.get(stem(f)) for f in df.source]
-    df['label'] = [o.get('class') for o in df.labels]
-    good = df[df.file.notna()].reset_index(drop=True)
-    return good,len(df)+len(images)-2*len(good)
+    texts,other = df.attrs['left'],set(left.pop(FOREIGN, ())) # texts are no images
+    left |= {k: v for k,v in texts.items() if k!=FOREIGN}
+    known = {stem(f) for names in left.values() for f in names} | {*map(stem, df.source)}
+    left['texts without an image'] = df.source[df.file.isna()].tolist()
+    left['images without a text'] = [f for s,f in images.items() if s not in known]
+    left[FOREIGN] = [f for f in texts.get(FOREIGN, ()) if f in other]
+    return df[df.file.notna()],left
 
 def _one_table(folder):
     "The one table of pairs that lies in a folder, or None"
@@ -146,19 +152,21 @@ def _captioned(folder):
 
 # %% ../../nbs/data/07_pairs.ipynb #12358610
 def _read_rows(path, image, text, split):
-    "Rows that have an image and a text, and how many have not"
-    if path.is_dir(): df,lost = _beside(path)
+    "(rows that have an image and a text, what was left out: reason -> names)"
+    if path.is_dir(): df,left = _beside(path)
     elif not (path.is_file() and table_kind(path) in TABLES):
         raise ValueError(f'{path}: pairs are read from a table ({", ".join(sorted(TABLES))}), or '
                          'from a folder with a .txt beside each image')
-    else: df,lost = read_table(path, image, text, *([split] if split!='split' else [])),0
-    pairs = zip(df[_first(image)], df[_first(text)])
-    good = [all(isinstance(o, str) and o.strip() for o in pair) for pair in pairs]
-    lost += len(df)-sum(good)
-    if not any(good): raise ValueError(f'{path}: none of {lost} entries has an image and a text')
-    if lost: warnings.warn(f'{lost} of {sum(good)+lost} rows of {path} have no image or no text '
-                           'and are left out', stacklevel=3)
-    return df[good].reset_index(drop=True),lost
+    else: df,left = read_table(path, image, text, *([split] if split!='split' else [])),{}
+    good = np.ones(len(df), bool)
+    for column,what in ((image,'an image'), (text,'a text')):
+        says = np.array([isinstance(o, str) and bool(o.strip()) for o in df[_first(column)]], bool)
+        left[f'rows without {what}'] = [f'row {i+1}' for i in np.flatnonzero(~says)]
+        good &= says
+    left = {k: v for k,v in left.items() if v}
+    if good.any(): return df[good].reset_index(drop=True),left
+    found = ''.join(f', {len(v)} {k}' for k,v in left.items())
+    raise ValueError(f'{path}: no entry has an image and a text{found}')
 
 def _first(names): return names.split('|')[0].lower()
 
@@ -167,24 +175,37 @@ def _splits(rows, split, path):
     "The part of each row"
     return split_names(rows.get(split.lower(), ['']*len(rows)), path)
 
-def _labels(rows, label, split, path, parts, n_images):
-    "(y, classes, what is said of them); a row that is called unlabelled has no label"
-    y,classes = label_ids(label_columns(rows, label, path), len(rows))
-    named = _splits(rows, split, path)
-    y[[s=='unlabelled' for s in named]] = -1
+def _row_labels(rows, label, path):
+    "Label -> class names or None, as the columns of the table or the folders say"
+    if path.is_dir(): return {'class': [o.get('class') for o in rows.labels]}
+    return label_columns(rows, label, path)
+
+def _labels(l, rows, label, parts):
+    "(y, classes, the line that says what was read); a row of the part unlabelled has no label"
+    y,classes = label_ids(_row_labels(rows, label, l.root), len(rows))
+    y[[s=='unlabelled' for s in l.split]] = -1
     y,classes,notes = seen_in_train(y, classes, parts[0])
-    l = Listing(path, rows.index.tolist(), named, {}, notes=notes,
-                what=f'texts of {n_images} images')
+    l.notes += notes
+    warn_left(l)
     return y,classes,describe(l, y, classes, parts)
 
+def _texts(rows, l, of, parts, split, path, left):
+    "The rows as a `Listing`, with what is known of their images"
+    n = len(np.unique(of[np.concatenate(parts)]))
+    return Listing(path, rows.index.tolist(), _splits(rows, split, path), {}, left, l.notes,
+                   f'texts of {n} images')
+
+# %% ../../nbs/data/07_pairs.ipynb #3784e506
 def _divide(rows, image, split, root, path, valid, limit):
-    "(image files, the file of each row, the files of each part): images are divided, not rows"
+    "(listing of the images, the image of each row, parts): images are divided, not rows"
     names,named = rows[_first(image)].tolist(),_splits(rows, split, path)
-    l = Listing(Path(root), names, named, {}).once() # an image in two parts is an error
+    l = Listing(Path(root), names, named, {}, what='images').once() # one in two parts is an error
     l = l.take(np.argsort(l.files))
     index = {k: i for i,k in enumerate(real_files(root, l.files))}
     of = np.array([index[k] for k in real_files(root, names)])
-    return l.files,of,three_parts(l.split, np.zeros(len(l.files), int), valid, limit=limit)
+    parts = three_parts(l.split, np.zeros(len(l.files), int), valid, limit=limit)
+    l.notes += outside(l.files, path.name)*path.is_file()+same_bytes(l, parts)
+    return l,of,parts
 
 # %% ../../nbs/data/07_pairs.ipynb #1c8bb112
 def _usable(path, of, parts, where):
@@ -193,17 +214,17 @@ def _usable(path, of, parts, where):
     if all(map(len, use[:2])): return use
     raise ValueError(f'{path} has too few pairs: {[*map(len, use)]} for train, valid and test')
 
-def _load(files, root, size, channels, device):
-    "(images, their range, position of each file among them or -1, {index: reason})"
-    pixels,size = look(files, root, size, channels)
+def _load(files, root, size, channels, range, device):
+    "(images, their range, position of each file among them or -1, {index: reason}, what was said)"
+    pixels,size = look(files, root, size, channels, range)
     if not fits(len(files)*pixels.nbytes(size), device):
         raise ValueError(f'{len(files)} images of {size} pixels do not fit into memory; '
                          'give a smaller size')
     x,good,failed = load_images(files, size, pixels, root)
-    warn_skipped([files[i] for i in failed], len(files), next(iter(failed.values()), ''))
+    said = warn_skipped(files, failed, 'images')
     where = np.full(len(files), -1)
     where[good] = np.arange(len(good))
-    return x,[list(o) for o in pixels.range],where,failed
+    return x,[list(o) for o in pixels.range],where,len(failed),said
 
 # %% ../../nbs/data/07_pairs.ipynb #f686eb7d
 def pair_dls_from_table(
@@ -215,19 +236,19 @@ def pair_dls_from_table(
     max_len:int=32, vocab_size:int=4000, # Tokens in a text, and in the vocabulary
     tokenizer=None, # A `Tokenizer` or its JSON file; None trains one on the training texts
     valid:float=0.1, limit:int=None, # Share of the images to watch; at most so many of each part
-    name:str=None, bs:int=128, device=None, seed:int=0
+    name:str=None, bs:int=128, device=None, seed:int=0, range=None # As `image_dls`
 ): # `DataLoaders` of (image, tokens, y) with `.tokenizer`; each loader has `.files` and `.captions`
     "Pairs of a table; images that cannot be read are counted, reported and left out"
     path = Path(path).expanduser()
     if path.is_dir(): path,root = _one_table(path) or path,root or path
-    rows,lost = _read_rows(path, image, text, split)
-    root = root or path.parent
-    files,of,parts = _divide(rows, image, split, root, path, valid, limit)
-    x,range,where,failed = _load(files, root, size, channels, device)
+    rows,left = _read_rows(path, image, text, split)
+    l,of,parts = _divide(rows, image, split, root or path.parent, path, valid, limit)
+    x,range,where,lost,said = _load(l.files, l.root, size, channels, range, device)
     use = _usable(path, of, parts, where)
-    y,classes,read = _labels(rows, label, split, path, use, len(files))
+    y,classes,read = _labels(_texts(rows, l, of, use, split, path, left), rows, label, use)
+    lost += sum(len(v) for k,v in left.items() if k!=FOREIGN)
     info = DataInfo(name or path.stem, 'pairs', x.shape[1], x.shape[-1], classes=classes,
-                    max_len=max_len, skipped=len(failed)+lost, range=range, read=read)
+                    max_len=max_len, skipped=lost, range=range, read=read+said)
     trained = partial(get_tokenizer, tokenizer, vocab_size=vocab_size)
     return _from_rows(rows, x[where[of]], y, use, info, image, text, trained, bs, device, seed)
 
@@ -246,9 +267,10 @@ class Pairs(Images):
     builtin = dict(painted=pairs_dls, captions=scene_pairs_dls)
 
     @classmethod
-    def read(cls, path, bs=128, device=None, seed=0, size=None, limit=None, kept=None, **kwargs):
+    def read(cls, path, bs=128, device=None, seed=0, size=None, limit=None, kept=None, range=None,
+             **kwargs):
         return pair_dls_from_table(path, size=size, limit=limit, bs=bs, device=device, seed=seed,
-                                   tokenizer=kept_tokenizer(kept), **kwargs)
+                                   tokenizer=kept_tokenizer(kept), range=range, **kwargs)
 
     @classmethod
     def suits(cls, path):
@@ -258,3 +280,8 @@ class Pairs(Images):
 
 @patch(cls_method=True)
 def keep(cls:Pairs, dls, folder): keep_tokenizer(dls, folder)
+
+@patch(cls_method=True)
+def files(cls:Pairs, path, info, bs=256, device=None, kept=None):
+    path = Path(path).expanduser()
+    return Images.files(path.is_dir() and _one_table(path) or path, info, bs, device)

@@ -271,7 +271,7 @@ def _rows(data, labels, **columns):
         path = Path(data).expanduser()
         if not path.exists(): raise FileNotFoundError(f'no such file or folder: {path}')
         return _folder(path, **columns) if path.is_dir() else (_file(path, **columns), {}, [])
-    labels = [None]*len(data) if labels is None else list(labels)
+    labels = [None]*len(data) if labels is None else known_labels(labels)
     if len(labels)!=len(data): raise ValueError(f'{len(data)} texts but {len(labels)} labels')
     pairs = enumerate(zip(labels, data), 1)
     return [('train', {'class': l}, t, f'text {i}') for i,(l,t) in pairs],{},[]
@@ -299,7 +299,8 @@ def _read(data, labels=None, **columns):
     if not good: raise ValueError(f'no text in {root}: {len(rows)} entries' +
         ''.join(f', {len(v)} {k} ({", ".join(v[:3])})' for k,v in left.items()))
     split,own,texts,source = zip(*good)
-    own = {k: known_labels(v) for k,v in pd.DataFrame(list(own), dtype=object).items()}
+    own = pd.DataFrame(list(own), dtype=object)
+    own = {k: [c if isinstance(c, str) else None for c in v] for k,v in own.items()}
     return Listing(Path(root), list(source), settle(split), own, left, notes, 'texts'),list(texts)
 
 def _lost(l): return sum(map(len, l.left.values()))
@@ -309,13 +310,13 @@ def read_texts(
     data, # Folder, file, or list of str
     labels=None, # One per text, where `data` is a list
     **columns # For tables: text='text', label='label' or several, split='split'
-)->pd.DataFrame: # split, labels (a dict each), text, source; `.attrs['skipped']`: left out
+)->pd.DataFrame: # split, labels (a dict each), text, source; in `attrs`: `skipped`, `left`
     "Read texts from wherever they are; see the list above"
     l,texts = _read(data, labels, **columns)
     warn_left(l)
     own = [dict(zip(l.label, o)) for o in zip(*l.label.values())] or [{}]*len(texts)
     df = pd.DataFrame(dict(split=l.split, labels=own, text=texts, source=l.files), dtype=object)
-    df.attrs['skipped'] = _lost(l)
+    df.attrs.update(skipped=_lost(l), left=l.left)
     return df
 
 # %% ../../nbs/data/05_text.ipynb #79a93ca3
@@ -340,11 +341,13 @@ def text_dls(
     info = DataInfo(name or _name(data), 'text', vocab_size=tok.get_vocab_size(), max_len=max_len,
                     classes=classes, skipped=_lost(l), read=read + _seen_before(text, parts))
     dls = make_dls([((t,), y[i][of]) for i,t,of in rows], info, bs=bs, device=device, seed=seed)
-    for dl,(i,t,of) in zip(dls.loaders, rows): dl.files = source[i][of].tolist()
+    for dl,(i,_,of) in zip(dls.loaders, rows): _name_rows(dl, source[i][of], text[i][of])
     dls.tokenizer = tok
     return dls
 
 # %% ../../nbs/data/05_text.ipynb #05b30c78
+def _name_rows(dl, source, text): dl.files,dl.captions = source.tolist(),text.tolist()
+
 def _seen_before(text, parts):
     "What to say where a held-out text is a training text, too"
     train = set(text[parts[0]])
@@ -384,6 +387,7 @@ class Text(Kind):
     "Texts as tokens (B,L)"
     default_encoder = 'small_text'
     builtin = dict(pydoc=pydoc_dls)
+    encoders = {} # name -> class: what notebooks of methods add to `small_text`
     augment = False
 
     @classmethod
@@ -402,7 +406,9 @@ class Text(Kind):
 
 # %% ../../nbs/data/05_text.ipynb #15254d09
 @patch(cls_method=True)
-def encoder(cls:Text, name, info, **kwargs): return text_encoder(name, info, **kwargs)
+def encoder(cls:Text, name, info, **kwargs):
+    if name not in cls.encoders: return text_encoder(name, info, **kwargs)
+    return cls.encoders[name](**dict(vocab_size=info.vocab_size, max_len=info.max_len) | kwargs)
 
 @patch(cls_method=True)
 def views(cls:Text, info, small=False): return TokenViews(0.5 if small else 0.15)
@@ -440,4 +446,5 @@ def files(cls:Text, path, info, bs=256, device=None, kept=None):
     tokenizer = Tokenizer.from_file(str(kept_tokenizer(kept)))
     dl = ResidentDL(encode(tokenizer, texts, info.max_len)[0], bs=bs, device=device)
     dl.files,dl.info = l.files,replace(info, skipped=_lost(l))
+    dl.listing,dl.captions = l,texts
     return dl

@@ -126,8 +126,7 @@ def _clip_table(path, clips, label, left):
     if len(lost)==len(row):
         raise ValueError(f'none of the clips in {file} is a folder with frames in {path}; '
                          f'for example {lost[:3]}')
-    if lost: warnings.warn(f'{len(lost)} of {len(row)} clips in {file} have no folder with frames '
-                           f'and are left out: {", ".join(lost[:3])}', stacklevel=4)
+    if lost: left['clips of clips.csv without a folder of frames'] = lost
     pick = lambda column, none: [column[row[c]] if c in row else none for c in clips]
     labels = {k: pick(v, None) for k,v in t.label.items()}
     return Listing(path, clips, pick(t.split, 'train'), labels, left | t.left, t.notes, 'clips')
@@ -155,12 +154,12 @@ def windows(
     return [files[i:i+frames] for i in range(0, len(files)-frames+1, frames)]
 
 # %% ../../nbs/data/06_video.ipynb #990884e4
-def _load(rows, size, pixels, root, workers):
-    "(images (R,C,F,H,W), indices of the rows that could be read, failed frames) of rows of frames"
+def _load(rows, pixels, root, info, workers):
+    "(images (R,C,F,H,W), indices of the rows that are whole); what failed is noted in `info`"
     files = [f for r in rows for f in r]
-    x,good,failed = load_images(files, size, pixels, root, workers)
-    warn_skipped([files[i] for i in failed], len(files), next(iter(failed.values()), ''))
-    n = len(rows[0])
+    x,good,failed = load_images(files, info.size, pixels, root, workers)
+    info.skipped,n = len(failed),len(rows[0])
+    info.read += warn_skipped(files, failed)
     bad = np.unique(np.array(list(failed), dtype=int)//n)
     if len(bad)==len(rows):
         first = f'{files[min(failed)]} ({failed[min(failed)]})'
@@ -168,7 +167,7 @@ def _load(rows, size, pixels, root, workers):
                          f'{len(failed)} frames could not be read, for example {first}')
     if len(bad): x = x[torch.from_numpy(~np.isin(good//n, bad))]
     x = x.unflatten(0, (-1,n)).movedim(1,2).contiguous()
-    return x,np.setdiff1d(np.arange(len(rows)), bad),len(failed)
+    return x,np.setdiff1d(np.arange(len(rows)), bad)
 
 def _name_rows(clip, rows):
     return [clip if len(rows)==1 else f'{clip}#{i}' for i in range(len(rows))]
@@ -181,27 +180,24 @@ def _cut_clips(l, frames_of, clips, frames, every):
     names = [n for i,w in cut_up for n in _name_rows(l.files[i], w)]
     return rows,names,[i for i,w in cut_up for _ in w]
 
-def _warn_short(l, frames_of, frames, every):
+def _without_short(l, frames_of, frames, every):
+    "The clips that give a sample"
     need = (frames-1)*every+1
-    short = [c for c in l.files if len(frames_of[c])<need]
-    if len(short)==len(l.files):
-        longest = max(map(len, frames_of.values()))
-        raise ValueError(f'all {len(short)} clips in {l.root} are shorter than {need} frames, '
-                         f'the longest has {longest}; choose smaller `frames` or `every`')
-    if short: warnings.warn(f'{len(short)} of {len(l.files)} clips are shorter than {need} frames '
-                            f'and are left out: {", ".join(short[:3])}', stacklevel=3)
-    return set(short)
+    keep = [i for i,c in enumerate(l.files) if len(frames_of[c])>=need]
+    if keep: return l.take(keep, f'clips of fewer than {need} frames')
+    longest = max(map(len, frames_of.values()))
+    raise ValueError(f'all {len(l.files)} clips in {l.root} are shorter than {need} frames, '
+                     f'the longest has {longest}; choose smaller `frames` or `every`')
 
 # %% ../../nbs/data/06_video.ipynb #8bc70f17
 def _long_enough(l, frames_of, frames, every):
     "The clips that are in a part and give a sample"
-    short = _warn_short(l, frames_of, frames, every)
-    keep = [i for i,c in enumerate(l.files) if c not in short]
-    n = sum(bool(l.split[i]) for i in keep)
+    l = _without_short(l, frames_of, frames, every)
+    n = sum(map(bool, l.split))
     if n<2:
         raise ValueError(f'{l.root} has {n} clip(s) of {frames} frames to train on; '
                          'at least 2 are needed, one to learn from and one to watch')
-    return l.take(keep)
+    return l
 
 # %% ../../nbs/data/06_video.ipynb #e337ca3e
 def _pixels(rows, root, size, frames, device, range):
@@ -236,7 +232,7 @@ def video_dls(
     info = DataInfo(name or l.root.resolve().stem, kind='video', channels=pixels.channels,
                     size=size, frames=frames, classes=classes, range=[*map(list, pixels.range)],
                     read=read)
-    x,good,info.skipped = _load(rows, size, pixels, l.root, workers)
+    x,good = _load(rows, pixels, l.root, info, workers)
     names,clip = [names[i] for i in good],np.array(clip)[good]
     return _divide(x, names, clip, l, y, parts, info, valid, bs, device, seed)
 
@@ -263,18 +259,17 @@ def video_dl(
     bs:int=64, every:int=1, device=None, workers:int=None # As for `video_dls`
 )->ResidentDL: # In the order of its `files`, the names of the samples
     "All clips under a folder, unshuffled, as an encoder trained on `info` wants them"
-    path,left = _folder(path),{}
-    frames_of = _frames_of(path, left)
-    l = Listing(path, list(frames_of), [], {}, left, what='clips')
+    l,frames_of = clip_listing(path)
+    l = _without_short(l, frames_of, info.frames, every)
     warn_left(l)
-    short = _warn_short(l, frames_of, info.frames, every)
-    clips = [i for i,c in enumerate(l.files) if c not in short]
-    rows,names,_ = _cut_clips(l, frames_of, clips, info.frames, every)
+    rows,names,of = _cut_clips(l, frames_of, range(len(l.files)), info.frames, every)
     first = [r[0] for r in rows]
-    pixels,_ = look(first, path, info.size, info.channels, info.range or None)
-    x,good,failed = _load(rows, info.size, pixels, path, workers)
+    pixels,_ = look(first, l.root, info.size, info.channels, info.range or None)
+    info = replace(info, read='')
+    x,good = _load(rows, pixels, l.root, info, workers)
     dl = ResidentDL(x, bs=bs, device=device)
-    dl.files,dl.info = [names[i] for i in good],replace(info, skipped=failed)
+    dl.files,dl.info = [names[i] for i in good],info
+    dl.listing = replace(l.take(np.array(of)[good]), files=dl.files)
     return dl
 
 # %% ../../nbs/data/06_video.ipynb #e0c7644c
@@ -303,8 +298,10 @@ class Video(Kind):
     builtin = dict(bouncing=bouncing_digits_dls, moving=moving_dls)
 
     @classmethod
-    def read(cls, path, bs=64, device=None, seed=0, size=None, limit=None, kept=None, **kwargs):
-        return video_dls(path, size=size, bs=bs, device=device, seed=seed, limit=limit, **kwargs)
+    def read(cls, path, bs=64, device=None, seed=0, size=None, limit=None, kept=None, range=None,
+             **kwargs):
+        return video_dls(path, size=size, bs=bs, device=device, seed=seed, limit=limit,
+                         range=range, **kwargs)
 
     @classmethod
     def suits(cls, path): return float((_folder(path)/'clips.csv').exists())
@@ -315,7 +312,6 @@ class Video(Kind):
     def encoder(cls, name, info, **kwargs): return video_encoder(name, info, **kwargs)
     @classmethod
     def show(cls, x, info=None): return x.transpose(2, 3).flatten(3) # (B,C,H,F*W)
-
     @classmethod
     def views(cls, info, small=False):
         own = {k: v for k,v in info.views.items() if k in ('scale','ratio','flip')}
