@@ -1,5 +1,5 @@
 """The report: it counts with what the data holds, says how far its numbers can be trusted, stays small, and changes nothing by looking."""
-import json, subprocess, sys
+import copy, json, re, subprocess, sys, warnings
 
 import numpy as np
 import pytest
@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 from ssl_nb.core.loader import array_dls, digits_dls, finish_dls
-from ssl_nb.evaluate import report as R
-from ssl_nb.evaluate.report import check_labels, default_k, paired_lead, report, test_error as standard_error, train_supervised
+from ssl_nb.core.measures import default_k
+from ssl_nb.evaluate import baselines as R, report as reports
+from ssl_nb.evaluate.few_labels import check_labels, few_label_accuracy, fit_probe, paired_lead, test_error as standard_error
+from ssl_nb.evaluate.report import report, table_text
+
+from conftest import quiet
 
 
 class Means(nn.Module):
@@ -214,3 +218,55 @@ def test_a_streamed_set_gives_the_report_of_a_resident_one(tmp_path):
     a, b = [quick(dls, views=lambda v: v, most=30*64) for dls in made]
     assert R.labelled(made[1].train, made[1].info).n == (made[0].train.y >= 0).sum() < made[1].train.n
     for c in ('knn 10', 'probe all'): assert b.table.loc['raw input', c] == pytest.approx(a.table.loc['raw input', c])
+
+
+def test_rows_that_could_outlast_the_training_are_left_out_and_said():
+    x, y = classes([100, 100])
+    dls = array_dls(x, y, x, y)
+    short = report(Means(), dls, longest=1e-6, show=False)
+    assert list(short.table.index) == ['raw input', 'random encoder', 'this encoder'] and 'No rows trained with labels' in short.protocol
+    assert 'supervised' in report(Means(), dls, supervised=1, longest=1e6, show=False).table.index
+
+
+def test_every_encoder_looks_once_at_each_sample(monkeypatch):
+    x, y = classes([100, 100, 100])
+    dls, seen, raws = array_dls(x[:200], y[:200], x[200:], y[200:]), [], []
+    class Counts(Means):
+        def forward(self, x): seen.append(len(x)); return super().forward(x)
+    real = reports.raw_features
+    monkeypatch.setattr(reports, 'raw_features', lambda *args: raws.append(args[0].n) or real(*args))
+    monkeypatch.setattr(reports, '_luck', lambda *args: [])
+    monkeypatch.setattr(reports, 'fresh_encoder', lambda enc: Means())
+    report(Counts(), dls, supervised=0, show=False)
+    n, views = sum(dl.n for dl in (dls.train, dls.test)), 2*dls.test.one_batch()[0].shape[0]
+    assert sum(seen) == n+views and sorted(raws) == sorted((dls.train.n, dls.test.n))
+
+
+def test_weights_of_16_bits_have_features_of_32():
+    "They met images of 32 bits, and the report stopped"
+    dls, enc = digits_dls(), Means()
+    whole, half = [report(e, dls, supervised=1, show=False) for e in (enc, copy.deepcopy(enc).bfloat16())]
+    assert half.features[0].dtype == torch.float32 and list(half.table.index) == list(whole.table.index)
+    for c in ('knn 10', 'probe all'): assert half.table.loc['this encoder', c] == pytest.approx(whole.table.loc['this encoder', c], abs=3)
+    with torch.autocast('cpu', torch.bfloat16): auto = report(enc, dls, supervised=0, show=False)
+    assert auto.features[0].dtype == torch.float32
+    assert auto.table.loc['raw input', 'knn all'] == pytest.approx(whole.table.loc['raw input', 'knn all'], abs=1e-6)
+
+
+def test_a_printed_table_is_100_wide_and_its_columns_stand_apart():
+    x, y = classes([80, 10, 10])
+    rep = quick(array_dls(x, y, x, y, classes=list('abc')))
+    lines = table_text(rep.text()).splitlines()
+    assert max(map(len, lines)) <= 100 and 'probe all   rankme' not in lines[0]
+    cells = [re.split(' {3,}', l.strip()) for l in lines if l]
+    assert [c for line in cells if line[0].startswith(('knn', 'probe', 'rankme')) for c in line] == list(rep.table)
+
+
+def test_scikit_learn_says_nothing_and_a_probe_that_is_not_done_says_it_once():
+    x, y = classes([60, 12, 5])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        quick(array_dls(x, y, x, y, classes=list('abc')))
+    _, said = quiet(few_label_accuracy, *[torch.as_tensor(o).float().flatten(1) if o.ndim > 1 else torch.as_tensor(o) for o in (x, y, x, y)])
+    assert not said
+    with pytest.warns(UserWarning, match='did not converge in 2 steps'): fit_probe(x.reshape(len(x), -1), y, max_iter=2)

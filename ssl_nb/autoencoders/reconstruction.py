@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..core.encoders import create_encoder
-from ..evaluate.report import train_supervised
+from ..evaluate.baselines import train_supervised
 from ..core.heads import Decoder
 from ..core.measures import frechet_distance
 from ..core.method import Method, check_modality

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Pretext', 'MethodMetric', 'seed_everything', 'EpochSeed', 'OnlineKNN', 'diagnose', 'explain', 'CollapseMonitor',
-           'Throughput', 'NanGuard', 'HistoryLog', 'TableLines', 'can_draw', 'save_atomic', 'read_state', 'plain',
-           'loose_buffers', 'Checkpoint', 'decay_groups', 'precision_cbs', 'ssl_learner']
+           'Throughput', 'NanGuard', 'HistoryLog', 'can_draw', 'progress', 'table_cell', 'table_line', 'TableLines',
+           'EpochBars', 'save_atomic', 'read_state', 'plain', 'loose_buffers', 'Checkpoint', 'decay_groups',
+           'precision_cbs', 'ssl_learner']
 
-# %% ../../nbs/core/08_learner.ipynb #67b79eb4
+# %% ../../nbs/core/08_learner.ipynb #e88e9848
 import math, os, random, sys, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
+from fastprogress.fastprogress import progress_bar
 from fastcore.basics import IN_NOTEBOOK, patch
 from fastai.learner import Learner, ValueMetric, Metric
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException
@@ -23,7 +25,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, to_detach, noop
 from .common import whole_file
 from .loader import DataInfo, one_label
-from .measures import encode, feature_std, knn_predict, rankme
+from .measures import default_k, encode, feature_std, knn_predict, rankme
 from .method import Method, asked, looking, same_random
 
 # %% ../../nbs/core/08_learner.ipynb #37902217
@@ -95,14 +97,15 @@ class EpochSeed(Callback):
     def after_train(self): self.done += 1
     def before_validate(self): seed_everything(self.seed*1_000_003 - 1)
 
-# %% ../../nbs/core/08_learner.ipynb #606643b2
+# %% ../../nbs/core/08_learner.ipynb #ed955d1f
 class OnlineKNN(Callback):
     "After each epoch: k-NN accuracy on the validation set, with the training set as the bank"
     order,value = 45,None
     def __init__(self,
         n:int=5000, # Samples of the training set in the bank
         every:int=1, # Epochs between two looks
-        k:int=200, temp:float=0.1,
+        k:int=None, # Neighbours; by default see `default_k`
+        temp:float=0.1,
         label:str=None # Which label, where samples have several
     ): self.n,self.every,self.k,self.temp,self.label = n,every,k,temp,label
 
@@ -114,18 +117,18 @@ class OnlineKNN(Callback):
     @property
     def method(self): return self.learn.pretext.method
 
-# %% ../../nbs/core/08_learner.ipynb #a90210f4
+# %% ../../nbs/core/08_learner.ipynb #bd0a9b60
 @patch
 def after_validate(self:OnlineKNN):
     self.value = None
     if self.epoch % self.every and self.epoch != self.n_epoch-1: return
     info = getattr(self.dls, 'info', DataInfo())
-    with looking(self.method.encoder) as net:
-        seen = [encode(net, dl, self.n) for dl in (self.bank, self.dls.valid)]
+    with same_random():
+        seen = [encode(self.method.encoder, dl, self.n) for dl in (self.bank, self.dls.valid)]
     (h,y),(vh,vy) = [(h, one_label(y, info, self.label)) for h,y in seen]
     known,vknown = y>=0,vy>=0
     if not known.any() or not vknown.any(): return
-    pred = knn_predict(h[known], y[known], vh[vknown], self.k, self.temp)
+    pred = knn_predict(h[known], y[known], vh[vknown], self.k or default_k(y), self.temp)
     self.value = (pred==vy[vknown]).float().mean().item()
 
 # %% ../../nbs/core/08_learner.ipynb #cb36ec34
@@ -188,7 +191,7 @@ class CollapseMonitor(Callback):
     @property
     def method(self): return self.learn.pretext.method
 
-# %% ../../nbs/core/08_learner.ipynb #3a19660b
+# %% ../../nbs/core/08_learner.ipynb #e1f37ede
 @patch
 def before_fit(self:CollapseMonitor):
     self.diagnosis,self.cause = None,None
@@ -200,7 +203,7 @@ def before_fit(self:CollapseMonitor):
 @patch
 def after_validate(self:CollapseMonitor):
     if self.epoch % self.every and self.epoch != self.n_epoch-1: return
-    with looking(self.method.encoder) as net: h,_ = encode(net, self.dls.valid, self.n)
+    with same_random(): h,_ = encode(self.method.encoder, self.dls.valid, self.n)
     if len(h)<self.least: return
     self.std,self.rank = feature_std(h).item(),rankme(h).item()
     numbers = dict(std=self.std, rank=self.rank, dim=h.shape[1], z_std=self.z_std)
@@ -259,24 +262,69 @@ class HistoryLog(Callback):
         if not self.path: return
         with whole_file(self.path) as f: pd.DataFrame(self.learn.history).to_csv(f, index=False)
 
-# %% ../../nbs/core/08_learner.ipynb #dc5b96fe
+# %% ../../nbs/core/08_learner.ipynb #7d5bd059
+def can_draw()->bool:
+    "Is there someone to see a progress bar?"
+    return bool(IN_NOTEBOOK) or bool(sys.stdout and sys.stdout.isatty())
+
+def progress(
+    it, # What to go through
+    total:int=None, # How many there are, where `len` does not say
+    what:str='', # What is done, in words
+    show:bool=True
+):
+    "Go through it, with a bar and an estimate of the time where someone can see it"
+    if not (show and can_draw()): return it
+    bar = progress_bar(it, total=total, leave=False)
+    bar.comment = what
+    return bar
+
+# %% ../../nbs/core/08_learner.ipynb #5495a9b0
+def table_cell(v):
+    "A number in few signs, and - where there is none"
+    if not isinstance(v, float): return '-' if v is None else str(v)
+    return f'{v:.4f}' if abs(v)<1000 else f'{v:.4g}'
+
+def table_line(row, names):
+    "Cells under their names, two spaces between them whatever their length"
+    cells = [table_cell(v).ljust(max(5, len(n))) for v,n in zip(row, names)]
+    return '  '.join(cells).rstrip()
+
+# %% ../../nbs/core/08_learner.ipynb #0836d7eb
 class TableLines(Callback):
     "The training table line by line, without bars, for an output that is a file"
     order,old = 60,None
     def before_fit(self):
-        self.old,names = self.learn.logger,list(self.recorder.metric_names)
-        if self.old is noop: return
-        self.widths = [max(10, len(n))+2 for n in names]
-        self.learn.logger = self.line
-        self.line(names)
+        self.old,self.begun = self.learn.logger,False
+        if self.old is not noop: self.learn.logger = self.line
     def line(self, row):
-        cells = [f'{v:.6f}' if isinstance(v, float) else str(v) for v in row]
-        print(''.join(c.ljust(w) for c,w in zip(cells, self.widths)).rstrip(), flush=True)
+        names = list(self.recorder.metric_names)
+        for r in [row] if self.begun else [names,row]: print(table_line(r, names), flush=True)
+        self.begun = True
     def after_fit(self): self.learn.logger = self.old
 
-def can_draw()->bool:
-    "Is there someone to see a progress bar?"
-    return bool(IN_NOTEBOOK) or bool(sys.stdout and sys.stdout.isatty())
+# %% ../../nbs/core/08_learner.ipynb #ae030cf4
+class EpochBars(ProgressCallback):
+    "fastai's bars, which start where a run goes on"
+    name = 'progress' # under which `Learner.no_bar` looks for it
+    def before_fit(self):
+        self.begun = False
+        super().before_fit()
+    def before_epoch(self):
+        start = getattr(getattr(self.learn, 'checkpoint', None), 'start', 0)
+        if self.epoch<start or not getattr(self, 'mbar', False): return
+        bar,now,done = self.mbar.main_bar,time.time(),self.epoch-start
+        if not done: bar.update(0); bar.start_t = now
+        bar.last_v,bar.last_t = self.epoch,now
+        each = (now-bar.start_t)/max(1, done) # seconds of an epoch
+        bar.pred_t = each*(self.n_epoch-start) if done else None
+        bar.update_bar(self.epoch)
+    def _write_stats(self, row):
+        if IN_NOTEBOOK: return super()._write_stats(row)
+        if row is self.recorder.metric_names or not getattr(self, 'mbar', False): return
+        names = list(self.recorder.metric_names)
+        for r in [row] if self.begun else [names,row]: self.mbar.write(table_line(r, names))
+        self.begun = True
 
 # %% ../../nbs/core/08_learner.ipynb #7e65925c
 def save_atomic(
@@ -420,7 +468,7 @@ def precision_cbs(
     fast = device.type=='cuda' and torch.cuda.get_device_capability(device)[0] >= 8
     return [MixedPrecision('bf16')] if fast else []
 
-# %% ../../nbs/core/08_learner.ipynb #369c5182
+# %% ../../nbs/core/08_learner.ipynb #15b7a511
 def ssl_learner(
     dls, # DataLoaders with batches (*x, y)
     method, # A `Method`
@@ -444,4 +492,4 @@ def ssl_learner(
     cbs = [*own, *precision_cbs(device), *(cbs or [])]
     learn = Learner(dls, method, loss_func=glue.loss_func, opt_func=opt, splitter=decay_groups,
                     lr=lr or recipe['lr'], wd=wd, cbs=cbs, **kwargs)
-    return learn if can_draw() else learn.remove_cb(ProgressCallback).add_cb(TableLines())
+    return learn.remove_cb(ProgressCallback).add_cb(EpochBars() if can_draw() else TableLines())
