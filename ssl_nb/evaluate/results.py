@@ -81,6 +81,8 @@ def plot_results(
     return fig
 
 # %% ../../nbs/evaluate/05_results.ipynb #5c8eeae2
+_k200 = 'k = 200 or all labelled samples if fewer' # of results that do not say it
+
 def protocol(
     results:dict # From `read_results`
 )->str:
@@ -91,7 +93,7 @@ def protocol(
     at_once = ', one run per core' if c['device']=='cpu' else ''
     return (f'{Path(c["data"]).stem}{some}, encoder {c["encoder"] or "by default"}, {c["epochs"]} '
             f'epochs, batch size {c["batch_size"]}, AdamW, one cycle, {lr}, scaled with the square '
-            'root of the batch size. Test part, last epoch, nothing chosen on it. k-NN: k = 200 or '
-            'all labelled samples if fewer, t = 0.1. Probe: logistic regression on standardised '
+            'root of the batch size. Test part, last epoch, nothing chosen on it. k-NN: '
+            f'{results.get("knn", _k200)}, t = 0.1. Probe: logistic regression on standardised '
             'features. 1 and 10 labels per class: mean over 5 draws. ± is the deviation over '
             f'seeds. samples_per_s and seconds: training, {results["machine"]}{at_once}.')
