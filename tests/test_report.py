@@ -152,10 +152,25 @@ def test_an_encoder_that_training_has_ruined_is_called_so():
     ruined = Means()
     with torch.no_grad(): ruined.layer.weight[1:] = 0.
     rep = report(ruined, dls, supervised=0, show=False)
-    assert 'below its random self' in rep.verdict() and 'training made it worse' in repr(rep)
+    assert 'below its random self' in rep.verdict() and 'training made it worse' in ' '.join(repr(rep).split())
+    assert max(map(len, repr(rep).splitlines())) <= 100
     assert 'mean of three random encoders' in rep.protocol
-    other = report(Means(), dls, supervised=0, show=False)
-    assert 'level with its random self' in other.verdict() and 'worse' not in repr(other)
+
+
+def test_an_untrained_encoder_is_not_called_better_than_another_one(monkeypatch):
+    "One draw of the weights may be unlucky; three of them, and the luck between them, are not"
+    torch.manual_seed(0)
+    dls, lucky, draws = digits_dls(), Means(), []
+    def fresh(enc, seed=0): # the first has lost a quarter of its features
+        draws.append(Means())
+        with torch.no_grad():
+            if seed == 0: draws[-1].layer.weight[12:] = 0.
+        return draws[-1]
+    monkeypatch.setattr(reports, 'fresh_encoder', fresh)
+    rep = report(lucky, dls, supervised=0, show=False)
+    assert len(draws) == 3 and 'level with its random self' in rep.verdict() and 'worse' not in repr(rep)
+    c = rep.table['probe 10']
+    assert c['this encoder']-c['random encoder'] > 6 # against one of them it would be better
 
 
 def test_supervised_has_a_length_of_its_own_and_a_rival_with_ten_labels():
@@ -270,3 +285,30 @@ def test_scikit_learn_says_nothing_and_a_probe_that_is_not_done_says_it_once():
     _, said = quiet(few_label_accuracy, *[torch.as_tensor(o).float().flatten(1) if o.ndim > 1 else torch.as_tensor(o) for o in (x, y, x, y)])
     assert not said
     with pytest.warns(UserWarning, match='did not converge in 2 steps'): fit_probe(x.reshape(len(x), -1), y, max_iter=2)
+
+
+def test_pretrain_gives_the_rows_with_labels_its_own_time_and_three_minutes_at_least(tmp_path, monkeypatch):
+    from ssl_nb.app import run
+    given = []
+    monkeypatch.setattr(run, 'report_run', lambda *args, **kwargs: given.append(kwargs['longest']))
+    dls = digits_dls()
+    for speed in (1., 1000.):
+        (tmp_path/'history.csv').write_text(f'epoch,samples/s\n0,{speed}\n1,{speed}\n')
+        run._report_after(tmp_path, dls, Means(), True)
+    assert given == [2*dls.train.n, 180]
+
+
+def test_a_long_report_says_so_before_and_shows_bars_with_an_estimate(monkeypatch, capsys):
+    from ssl_nb.core import learner
+    x, y = classes([100, 100])
+    dls = array_dls(x, y, x, y)
+    monkeypatch.setattr(learner, 'can_draw', lambda: True)
+    monkeypatch.setattr(R, 'can_draw', lambda: True)
+    monkeypatch.setattr(reports, '_seconds', lambda *args: (30., 600.))
+    report(Means(), dls)
+    out = capsys.readouterr().out
+    assert out.index('report: about 30 seconds for the features, and up to 10 minutes') < out.index('this encoder: features')
+    assert 'supervised (until valid stops rising)' in out and 'supervised, 10 labels (until valid' in out and re.search(r'\d+% \[\d+/\d+ \d\d:\d\d<\d\d:\d\d', out)
+    monkeypatch.setattr(reports, '_seconds', lambda *args: (1., 2.))
+    report(Means(), dls, supervised=0)
+    assert '█' not in capsys.readouterr().out # what is done at once has none

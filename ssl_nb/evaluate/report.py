@@ -132,12 +132,12 @@ def verdict(self:Report)->str:
         do = f'training shows only with all labels ({more[0]:+.1f} ± {more[1]:.1f}): train longer'
     return f'By {c} ({t.loc["this encoder",c]:.1f}%) this encoder is {said}: {do}.'
 
-# %% ../../nbs/evaluate/03_report.ipynb #6698ad7e
+# %% ../../nbs/evaluate/03_report.ipynb #56a52b78
 def _warning(rep):
     "A line under the table where training made the encoder worse"
     c = _judge(rep.table)
     gap = (rep.lead or {}).get('random encoder', {}).get(c)
-    return '' if not gap or _standing(*gap)!='below' else rep.verdict()
+    return '' if not gap or _standing(*gap)!='below' else textwrap.fill(rep.verdict(), 100)
 
 @patch
 def __repr__(self:Report): return f'{table_text(self.text())}\n{_warning(self)}'.strip('\n')
@@ -174,14 +174,14 @@ def _loaders(dls, label, seed, most):
         if sum(map(len, xs))>=n: break
     return loaders,torch.cat(xs)[:n]
 
-# %% ../../nbs/evaluate/03_report.ipynb #b1754017
+# %% ../../nbs/evaluate/03_report.ipynb #3db70011
 @dataclass
 class _Plan:
     "What every row of a report is asked"
     info:object; label:str; seed:int; labels:tuple; draws:int; how:dict
-    views:object; loaders:list; x:object; why:str; pool:tuple; bars:bool
+    views:object; loaders:list; x:object; why:str; pool:tuple; bars:bool=False
 
-def _plan(dls, labels, draws, how, views, label, seed, most, bars):
+def _plan(dls, labels, draws, how, views, label, seed, most):
     info,why = dls.info,check_labels(dls, label)
     pool = None if why else few_in_all(dls, label)
     loaders,x = _loaders(dls, label, seed, most)
@@ -191,7 +191,7 @@ def _plan(dls, labels, draws, how, views, label, seed, most, bars):
         labels = tuple(dict.fromkeys(min(n or half, half) for n in labels))
         draws = max(10, draws)
     views = views or default_views(info)
-    return _Plan(info, label, seed, tuple(labels), draws, how, views, loaders, x, why, pool, bars)
+    return _Plan(info, label, seed, tuple(labels), draws, how, views, loaders, x, why, pool)
 
 # %% ../../nbs/evaluate/03_report.ipynb #1d991db1
 def _features(encoder, dl, plan, name=''):
@@ -259,7 +259,7 @@ def _trained_with_labels(encoder, dls, plan, supervised, said):
                 f'first draw), {epochs} epochs, stopped in the same way.')
     yield name,best,(few[-1],),1
 
-# %% ../../nbs/evaluate/03_report.ipynb #ea0f07e2
+# %% ../../nbs/evaluate/03_report.ipynb #3ced8187
 def _seconds(encoder, dls, plan, supervised):
     "A guess at how long it takes: (features, training with labels at most)"
     b,took = plan.x[:64],[]
@@ -277,10 +277,12 @@ def _seconds(encoder, dls, plan, supervised):
 def _minutes(s): return f'{s:.0f} seconds' if s<90 else f'{s/60:.0f} minutes'
 
 def _announce(*args):
+    "Say how long it may take, if that is long; is it?"
     look,train = _seconds(*args)
-    if look+train<20: return
+    if look+train<20: return False
     how = f', and up to {_minutes(train)} for the rows trained with labels' if train else ''
     print(f'report: about {_minutes(look)} for the features{how}', flush=True)
+    return True
 
 # %% ../../nbs/evaluate/03_report.ipynb #941ab1c9
 def _truth(plan):
@@ -370,7 +372,7 @@ def _accuracies(dls, plan, rep):
         yield ('In brackets: balanced accuracy, the mean over the classes. Majority: always the '
                'commonest class.')
 
-# %% ../../nbs/evaluate/03_report.ipynb #e5f38666
+# %% ../../nbs/evaluate/03_report.ipynb #07af0b36
 @same_random()
 def report(
     encoder, # The encoder, never a method
@@ -385,8 +387,8 @@ def report(
     most:int=2**25 # Numbers in the raw features of a part; of a larger one some samples are drawn
 )->Report: # Its `protocol` says in words how the numbers came about
     "The encoder beside the raw input, a random encoder, and one trained with labels"
-    plan = _plan(dls, labels, draws, dict(k=k, temp=temp, C=C), views, label, seed, most, show)
-    if show: _announce(encoder, dls, plan, supervised)
+    plan = _plan(dls, labels, draws, dict(k=k, temp=temp, C=C), views, label, seed, most)
+    plan.bars = show and _announce(encoder, dls, plan, supervised)
     rights,frees,said = {},{},[]
     for name,enc,*ask in _encoders(encoder, dls, plan, supervised, longest, said):
         rights[name],frees[name],seen = _row(enc, plan, name, *ask)
@@ -407,11 +409,13 @@ def _finish(plan, rights, frees, features):
     table,spread,error,balanced = _frames(rights, frees, truth, uneven)
     return Report(table, spread, '', error, balanced, _leads(rights), features)
 
-# %% ../../nbs/evaluate/03_report.ipynb #b41b7eb2
-def _luck(rep, encoder, dls, plan):
-    "Where the encoder is below the random one: is it below three of them?"
+# %% ../../nbs/evaluate/03_report.ipynb #fb7298d0
+def _luck(rep, encoder, dls, plan, enough=10):
+    "Where the lead over the random encoder is none that leaps to the eye: the lead over three"
     c,name = _judge(rep.table),'random encoder'
-    if c is None or name not in rep.lead or _standing(*rep.lead[name][c])!='below': return []
+    if c is None or name not in rep.lead: return []
+    lead = rep.lead[name][c]
+    if _standing(*lead)=='level with' or lead[0]>enough: return []
     accs = [rep.table.loc[name,c]]
     for seed in (1,2):
         other = fit_batchnorm(fresh_encoder(encoder, seed), dls.train.new())
