@@ -9,8 +9,9 @@ from ssl_nb.contrastive.vicreg import VICReg
 from ssl_nb.core.encoders import create_encoder
 from ssl_nb.core.learner import ssl_learner
 from ssl_nb.core.loader import DataInfo, ResidentDL, array_dls, channel_stats, get_kind, to_unit
-from ssl_nb.data.images import (ENDINGS, ImageFiles, Images, Pixels, StreamDL, image_dl, image_dls, load_images, look, opened, pixels_of,
-                                read_image)
+from ssl_nb.data.images import Images, image_dl, image_dls, look
+from ssl_nb.data.pixels import ENDINGS, Pixels, opened, pixels_of, read_image
+from ssl_nb.data.reading import ImageFiles, StreamDL, load_images
 
 rng = np.random.default_rng(0)
 grey = rng.integers(0, 256, (40,8,8), dtype=np.uint8)

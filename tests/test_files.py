@@ -15,10 +15,12 @@ from PIL import Image
 from ssl_nb.app.embed import embed
 from ssl_nb.app.run import pretrain
 from ssl_nb.core.loader import class_ids, known_labels
-from ssl_nb.data.files import (divide, folder_listing, list_files, listing, printable, read_table, split_names,
-                               table_listing, three_parts, twins)
+from ssl_nb.data.files import list_files, printable
+from ssl_nb.data.folders import folder_listing, listing, split_names, table_listing
 from ssl_nb.data.images import image_dl, image_dls
 from ssl_nb.data.pairs import pair_dls_from_table
+from ssl_nb.data.parts import divide, three_parts, twins
+from ssl_nb.data.tables import read_table
 from ssl_nb.data.text import text_dls
 from ssl_nb.data.video import clip_listing, video_dls
 

@@ -1,10 +1,12 @@
-"Folders as users have them: empty, broken, mixed. What `nbs/data/01_files.ipynb` and `04_images.ipynb` show by example is not repeated."
+"Folders as users have them: empty, broken, mixed. What the notebooks of `nbs/data` show by example is not repeated."
 import os, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from ssl_nb.core.loader import DataInfo
-from ssl_nb.data.images import Pixels, StreamDL, image_dl, image_dls, load_images
+from ssl_nb.data.images import image_dl, image_dls
+from ssl_nb.data.pixels import Pixels
+from ssl_nb.data.reading import StreamDL, load_images
 
 def image(seed, size=(16,16), channels=3, dtype=np.uint8):
     shape = size[::-1] if channels==1 else (*size[::-1], channels)
@@ -204,7 +206,7 @@ def test_limit_takes_so_many_of_each_part(ten):
     assert sum(dl.n for dl in image_dls(ten, bs=2, limit=6)) == 6
 
 def test_a_set_that_does_not_fit_is_streamed(ten, monkeypatch):
-    monkeypatch.setattr('ssl_nb.data.files.free_memory', lambda: 1000)
+    monkeypatch.setattr('ssl_nb.data.parts.free_memory', lambda: 1000)
     assert isinstance(image_dls(ten, bs=4, workers=0).train, StreamDL)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

@@ -193,7 +193,7 @@ def search(chromium, url, text):
 
 
 @pytest.mark.skipif(bool(shutil.which('quarto')), reason='Quarto brings its own search')
-@pytest.mark.parametrize('words,page', [('csv', 'data/files.html'), ('augmentation', 'core/views.html'), ('own images', 'index.html'),
+@pytest.mark.parametrize('words,page', [('csv', 'data/tables.html'), ('augmentation', 'core/views.html'), ('own images', 'index.html'),
     ('temperature', 'contrastive/'), ('collapse', 'contrastive/collapse.html'), ('create_encoder', 'core/encoders.html'), ('masks', 'core/masks.html')])
 def test_search_ranks_titles_and_headings_first(base, chromium, words, page):
     found = [href for _,href in search(chromium, base, words)]

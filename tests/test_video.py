@@ -144,7 +144,7 @@ def test_deep_frames(tmp_path):
     assert np.allclose(x[1,:,2], want, atol=1e-5)
 
 def test_too_much_for_the_memory(ten, monkeypatch):
-    monkeypatch.setattr('ssl_nb.data.files.free_memory', lambda: 1000)
+    monkeypatch.setattr('ssl_nb.data.parts.free_memory', lambda: 1000)
     with pytest.raises(ValueError, match='GiB of memory.*smaller size'): video_dls(ten)
 
 def test_grey_frames_and_size(tmp_path):

@@ -12,13 +12,16 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from ..core.loader import DataInfo, channel_stats, digits_dls, make_dls
-from .files import (FILE, FOREIGN, TABLES, Listing, describe, ending, fits,
-                               label_columns, label_ids, list_files, outside, read_table,
-                               real_files, same_bytes, seen_in_train, split_names, table_kind,
-                               three_parts, warn_left, warn_skipped)
-from .images import ENDINGS, Images, load_images, look
+from ..core.loader import DataInfo, channel_stats, digits_dls, label_ids, make_dls
+from .files import FOREIGN, ending, list_files
+from .folders import FILE, Listing, outside, real_files, split_names
+from .images import Images, look
+from .parts import (describe, fits, same_bytes, seen_in_train, three_parts, warn_left,
+                               warn_skipped)
+from .pixels import ENDINGS
+from .reading import load_images
 from .scenes import COLOURS as SCENE_COLOURS, DIGITS, PLACES, TEMPLATES, draw_scenes
+from .tables import TABLES, label_columns, read_table, table_kind
 from .text import encode, get_tokenizer, keep_tokenizer, kept_tokenizer, read_texts
 
 # %% ../../nbs/data/07_pairs.ipynb #673418b9

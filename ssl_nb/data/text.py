@@ -19,11 +19,12 @@ from tokenizers import (Regex, Tokenizer, decoders, models, normalizers, pre_tok
                         processors, trainers)
 from ..core.common import whole_file
 from ..core.encoders import text_encoder
-from ..core.loader import DataInfo, Kind, ResidentDL, make_dls
+from ..core.loader import DataInfo, Kind, ResidentDL, known_labels, make_dls
 from ..core.views import TokenViews
-from .files import (TABLES, Listing, divide, fits, folder_listing, known_labels,
-                               label_columns, read_table, settle, share_of, split_names,
-                               split_of, table_kind, text_encoding, warn_left)
+from .files import share_of
+from .folders import Listing, folder_listing, settle, split_names, split_of
+from .parts import divide, fits, warn_left
+from .tables import TABLES, label_columns, read_table, table_kind, text_encoding
 
 # %% ../../nbs/data/05_text.ipynb #6c59c126
 # the first five tokens of every vocabulary, in this order

@@ -17,9 +17,12 @@ from sklearn.datasets import load_digits
 from ..core.encoders import video_encoder
 from ..core.loader import DataInfo, Kind, ResidentDL, channel_stats, cut, make_dls
 from ..core.views import ClipViews
-from .files import (Listing, divide, fits, list_files, read_folders, table_listing,
-                               three_parts, warn_left, warn_skipped)
-from .images import ENDINGS, load_images, look
+from .files import list_files
+from .folders import Listing, read_folders, table_listing
+from .images import look
+from .parts import divide, fits, three_parts, warn_left, warn_skipped
+from .pixels import ENDINGS
+from .reading import load_images
 from .scenes import DIGITS, DIRECTIONS, bounce, draw_clips
 
 # %% ../../nbs/data/06_video.ipynb #15ad34f2
