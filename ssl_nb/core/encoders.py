@@ -8,8 +8,10 @@ __all__ = ['CONFIG', 'WEIGHTS', 'AGAIN', 'ImageEncoder', 'vit_features', 'StemCo
            'TextTransformer', 'text_encoder', 'ConvGRU', 'VideoEncoder', 'video_encoder', 'save_encoder',
            'load_encoder', 'fresh_encoder']
 
-# %% ../../nbs/core/05_encoders.ipynb #72ee6a58
+# %% ../../nbs/core/05_encoders.ipynb #d87ce674
 import copy, hashlib, importlib, json, os, tempfile, warnings
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 import timm, torch
 import torch.nn.functional as F
@@ -18,7 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import build_model_with_cfg, load_pretrained, register_model
 from timm.models.vision_transformer import VisionTransformer
-from timm.models._hub import save_for_hf
+from timm.models._hub import save_config_for_hf
+from huggingface_hub import constants as hub_settings
+from huggingface_hub.utils import get_session
 from fastcore.basics import patch
 from .loader import DataInfo, get_kind
 from .masks import gather_tokens
@@ -159,13 +163,13 @@ def patch_size(
     raise ValueError(f'a ViT cannot cut images of {size} px: no patch divides them into 7 to 20 '
                      f'a side; resize them to {near} px (size, --size)')
 
-# %% ../../nbs/core/05_encoders.ipynb #5a00fd29
+# %% ../../nbs/core/05_encoders.ipynb #52a18f72
 def _ways(name, info, kwargs):
     "Arguments by which a timm model may fit the data, in the order in which they are tried"
     strides = 1 if info.size<=20 else 2 if info.size<=32 else 3 if info.size<=48 else 4
     if name=='small_cnn': return [dict(stem_stride=strides)]
     if name=='small_resnet': return [dict(stem_stride=min(3, strides))] # its kernel is 3 x 3
-    if name=='small_stem': return [dict(stem_stride=1 if info.size<=32 else 2)]
+    if name=='small_stem': return [dict(stem_stride=min(3, -(-info.size//32)))]
     sized = dict(img_size=info.size)
     if name!='small_vit': return [sized, {}]
     return [sized | dict(patch_size=kwargs.get('patch_size') or patch_size(info.size))]
@@ -193,61 +197,105 @@ def _try_out(enc, info):
     if not h.isfinite().all(): raise ValueError('its features are not finite')
     return enc.train()
 
-# %% ../../nbs/core/05_encoders.ipynb #036f440f
-def _fitted(name, info, kwargs):
-    "An encoder, built in the first way that stands the trial; `ValueError` says what does not fit"
+# %% ../../nbs/core/05_encoders.ipynb #a04623d5
+def _built(name, info, kwargs):
+    "(An encoder, built in the first way that stands the trial; or None, and what does not fit)"
     norms = info.mean or [0.5]*info.channels, info.std or [0.25]*info.channels
     why,state = None,torch.get_rng_state()
     for args in _ways(name, info, kwargs):
         args = dict(in_chans=info.channels, num_classes=0) | args | kwargs
-        try: return _try_out(ImageEncoder(timm.create_model(name, **args), *norms), info)
+        try: return _try_out(ImageEncoder(timm.create_model(name, **args), *norms), info),None
         except Exception as e: # whatever an architecture of timm's raises
             torch.set_rng_state(state)
             unknown = isinstance(e, TypeError) and 'img_size' in str(e) and 'img_size' not in kwargs
             if not unknown: why = why or e
+    return None,why
+
+def _fits_at(name, info, kwargs):
+    "The nearest multiple of 32 px that the model takes: most halve the image five times"
+    n,state = info.size//32*32,torch.get_rng_state()
+    near = sorted({n,n+32} - {0,info.size}, key=lambda s: abs(s-info.size))
+    size = next((s for s in near if _built(name, replace(info, size=s), kwargs)[0]), None)
+    torch.set_rng_state(state)
+    return size
+
+# %% ../../nbs/core/05_encoders.ipynb #50c8a306
+def _fitted(name, info, kwargs):
+    "An encoder that fits the images; `ValueError` says what does not fit, and what would"
+    enc,why = _built(name, info, kwargs)
+    if enc: return enc
     shape,cfg = (info.channels, info.size, info.size),timm.get_pretrained_cfg(name)
-    own,told = cfg and cfg.input_size[-1],isinstance(why, (TypeError, ValueError))
-    made = f'it was made for {own} px, and ' if own and own!=info.size else ''
-    advice = '' if told else f'; {made}small_cnn and resnet18 take any size and channels'
+    own,advice = cfg and cfg.input_size[-1],''
+    if not isinstance(why, (TypeError, ValueError)): # which say it themselves
+        made = f'it was made for {own} px, and ' if own and own!=info.size else ''
+        size = _fits_at(name, info, kwargs)
+        advice = (f'; resize the images to {size} px (size, --size)' if size else
+                  f'; {made}small_cnn and resnet18 take any size and channels')
     raise ValueError(f'encoder {name!r} does not fit images of {shape}: {_last_line(why)}{advice}')
 
-# %% ../../nbs/core/05_encoders.ipynb #8bde738b
+# %% ../../nbs/core/05_encoders.ipynb #04ce347a
 def image_encoder(
     name:str, # 'small_cnn', 'small_vit', or any timm model
     info:DataInfo, # `dls.info`
+    pretrained:bool=False, # With timm's weights, their channel means and stem?
+    keep_stem:bool=False, # Timm's own stem, also for small images?
     **kwargs # For the model
-)->ImageEncoder: # With random weights
+)->ImageEncoder: # With random weights, unless `pretrained`
     "A timm model that fits the images; `ValueError` if it does not, or if there is no such model"
     if not timm.is_model(name): raise ValueError(did_you_mean(name, timm.list_models(), 'encoder'))
-    if '.' in name:
-        raise ValueError(f'{name!r} names trained weights, and an encoder here starts from random '
-                         f'ones; the architecture alone is {name.split(".")[0]!r}')
+    if '.' in name and not pretrained: raise ValueError(
+        f'{name!r} names trained weights, and nobody asked for them: add pretrained (--pretrained),'
+        f' or begin with random weights: the architecture alone is {name.split(".")[0]!r}')
     if name=='small_cnn' and info.size<=20: name = 'small_resnet'
-    if name in ('resnet18','resnet34','resnet50') and info.size<=64:
+    small = name in ('resnet18','resnet34','resnet50') and info.size<=80
+    if small and not (pretrained or keep_stem):
         kwargs,name = dict(variant=name) | kwargs,'small_stem'
-    enc,shape = _fitted(name, info, kwargs),(info.channels, info.size, info.size)
+    enc = _fitted(name, info, kwargs)
+    return _as_read(_with_weights(enc, name, info, kwargs) if pretrained else enc, info)
+
+# %% ../../nbs/core/05_encoders.ipynb #88b61916
+def _as_read(enc, info):
+    "Let the configuration say how our images are resized, and that no weights are elsewhere"
+    shape = info.channels, info.size, info.size
     own = dict(input_size=shape, test_input_size=None, crop_pct=1., test_crop_pct=None,
-               interpolation='bilinear', tag='', url='', hf_hub_id='') # as our images are resized
+               interpolation='bilinear', tag='', url='', hf_hub_id='')
     enc.model.pretrained_cfg = dict(enc.model.pretrained_cfg, **own)
     return enc
 
-# %% ../../nbs/core/05_encoders.ipynb #6258c457
+# %% ../../nbs/core/05_encoders.ipynb #5160bf2e
+def _is_folder(name, kind):
+    "Is this a folder rather than the name of an architecture? `./resnet18` is one in any case"
+    if name is None or name==kind.default_encoder or timm.is_model(str(name)): return False
+    path = Path(name).expanduser()
+    return path.name!=str(name) or path.is_dir()
+
 def create_encoder(
-    name:str, # 'small_cnn', 'small_vit', any timm model, 'small_text', ...; None: the usual one
+    name, # 'small_cnn', any timm model, 'small_text', ..., or a folder; None: the usual one
     info:DataInfo, # `dls.info`
+    pretrained:bool=False, # With the weights that timm has of it?
     **kwargs # For the network
-): # An encoder with random weights
+): # An encoder; its weights are random unless they were asked for
     "An encoder that fits the data; its kind knows which there are"
     kind = get_kind(info.kind)
-    return kind.encoder(name or kind.default_encoder, info, **kwargs)
+    if _is_folder(name, kind): return _begun(name, info, pretrained, kwargs)
+    name = name or kind.default_encoder
+    if pretrained: kwargs['pretrained'] = _weights_known(name)
+    return kind.encoder(name, info, **kwargs)
 
-# %% ../../nbs/core/05_encoders.ipynb #4b413ff5
+# %% ../../nbs/core/05_encoders.ipynb #de86feb9
 def map_channels(
     encoder # An `ImageEncoder`
 )->int:
     "Channels of its feature map (some timm models widen after pooling)"
     return encoder.model.num_features
 
+def _check_one(h, encoder):
+    "`ValueError` where there is more than one map"
+    if not torch.is_tensor(h): raise ValueError(
+        f'{type(encoder.model).__name__} has features of several resolutions side by side, and no '
+        'one map of them; use small_cnn, small_vit or another encoder where positions count')
+
+# %% ../../nbs/core/05_encoders.ipynb #bdda645b
 def feature_map(
     encoder, # An `ImageEncoder`
     x, # (B,C,H,W) in [0,1]
@@ -255,6 +303,7 @@ def feature_map(
 ): # (B,C',h,w)
     "Features before pooling, as a map; tokens are laid out row by row, without those of no place"
     h,D = encoder.forward_features(x) if h is None else h,map_channels(encoder)
+    _check_one(h, encoder)
     if h.ndim==3:
         h = h[:,getattr(encoder.model, 'num_prefix_tokens', 0):]
         g,name = round(h.shape[1]**0.5),type(encoder.model).__name__
@@ -263,7 +312,7 @@ def feature_map(
         return h.transpose(1, 2).unflatten(2, (g,g))
     return h if h.shape[1]==D else h.permute(0, 3, 1, 2) # some models keep channels last
 
-# %% ../../nbs/core/05_encoders.ipynb #a69fa6d6
+# %% ../../nbs/core/05_encoders.ipynb #c2fbd417
 @patch
 def tokens(self:ImageEncoder,
     x, # (B,C,H,W) in [0,1]
@@ -271,6 +320,7 @@ def tokens(self:ImageEncoder,
 ): # (h (B,N,D), None): positions row by row; K of them where `keep` is given
     "One feature vector per position; the class token and others of no place are left out"
     h = self.forward_features(x, keep)
+    _check_one(h, self)
     if h.ndim==3: return h[:,getattr(self.model, 'num_prefix_tokens', 0):],None
     return feature_map(self, x, h).flatten(2).transpose(1, 2),None
 
@@ -371,22 +421,24 @@ def _small_frames(channels, size, dim):
         layers += [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
-# %% ../../nbs/core/05_encoders.ipynb #8b57533b
+# %% ../../nbs/core/05_encoders.ipynb #a8f9abfb
 class VideoEncoder(nn.Module):
     "Frames through an image network, then in order through a `ConvGRU`: clips in [0,1] to features"
     def __init__(self,
         frame:str='small_video', # Network of the frames: 'small_video', or any encoder of images
         channels:int=1, size:int=24, # Of the frames
         mean=(0.,), std=(1.,), # One number per channel
-        dim:int=32 # Channels of the state
+        dim:int=32, # Channels of the state
+        keep_stem:bool=False # For `image_encoder`
     ):
         super().__init__()
         self.args = dict(frame=frame, channels=channels, size=size, mean=list(mean),
-                         std=list(std), dim=dim)
+                         std=list(std), dim=dim, keep_stem=keep_stem)
         self.num_features,own = dim,frame=='small_video'
         plain = DataInfo(channels=channels, size=size, # normalised here already
                          mean=[0.]*channels, std=[1.]*channels)
-        self.net = _small_frames(channels, size, dim) if own else image_encoder(frame, plain)
+        self.net = (_small_frames(channels, size, dim) if own else
+                    image_encoder(frame, plain, keep_stem=keep_stem))
         self.gru = ConvGRU(dim if own else map_channels(self.net), dim)
         self.register_buffer('mean', torch.tensor(mean).view(1,-1,1,1))
         self.register_buffer('std', torch.tensor(std).view(1,-1,1,1))
@@ -421,17 +473,24 @@ def tokens(self:VideoEncoder, x, keep=None):
     if keep is not None: raise ValueError('a recurrent encoder of clips cannot leave out positions')
     return self.states(x).movedim(2, -1).flatten(1, 3),None
 
-# %% ../../nbs/core/05_encoders.ipynb #b95ce9f7
+# %% ../../nbs/core/05_encoders.ipynb #e05d2a66
 def video_encoder(
     name:str, # 'small_video', or any encoder of images for the frames
     info:DataInfo, # `dls.info`
+    pretrained:bool=False, # With timm's weights in the network of the frames?
     **kwargs # For `VideoEncoder`
 ):
     "An encoder of clips"
     if name!='small_video' and not timm.is_model(name):
         raise ValueError(did_you_mean(name, ['small_video', *timm.list_models()], 'encoder'))
-    c = info.channels
-    return VideoEncoder(name, c, info.size, info.mean or [0.5]*c, info.std or [0.25]*c, **kwargs)
+    c,shape = info.channels,dict(channels=info.channels, size=info.size)
+    norms = info.mean or [0.5]*c, info.std or [0.25]*c
+    if not pretrained: return VideoEncoder(name, c, info.size, *norms, **kwargs)
+    frames = image_encoder(name, DataInfo(**shape), pretrained=True)
+    kwargs = dict(keep_stem=True) | kwargs
+    enc = VideoEncoder(name.split('.')[0], c, info.size, *_norms(frames), **kwargs)
+    enc.net.model.load_state_dict(frames.model.state_dict())
+    return enc
 
 # %% ../../nbs/core/05_encoders.ipynb #2aaa4133
 def _own_class(name):
@@ -442,10 +501,15 @@ def _own_class(name):
         raise ValueError(f'{name} is no encoder')
     return found
 
-# %% ../../nbs/core/05_encoders.ipynb #696f5be3
+# %% ../../nbs/core/05_encoders.ipynb #577e35c9
 CONFIG,WEIGHTS = 'config.json','model.safetensors'
 
-def _sha256(file): return hashlib.sha256(file.read_bytes()).hexdigest()
+def _sha256(data): return hashlib.sha256(data).hexdigest()
+
+def _checked(cfg):
+    "A configuration with the checksum of all that it says"
+    cfg = {k: v for k,v in cfg.items() if k!='config_sha256'}
+    return cfg | dict(config_sha256=_sha256(json.dumps(cfg, sort_keys=True).encode()))
 
 def save_encoder(
     encoder, # An encoder of this notebook, or any timm model
@@ -457,28 +521,27 @@ def save_encoder(
         new = Path(new)
         _write(encoder, new)
         cfg = json.loads((new/CONFIG).read_text(encoding='utf-8'))
-        write_json(new/CONFIG, cfg | dict(weights_sha256=_sha256(new/WEIGHTS)))
+        sha = _sha256((new/WEIGHTS).read_bytes())
+        write_json(new/CONFIG, _checked(cfg | dict(weights_sha256=sha)))
         for f in (WEIGHTS, CONFIG): # with the permissions of an ordinary file
             with whole_file(Path(folder)/f) as tmp: os.replace(new/f, tmp)
 
-# %% ../../nbs/core/05_encoders.ipynb #cc30e7e9
+# %% ../../nbs/core/05_encoders.ipynb #7f4f46fa
 def _write(encoder, folder):
     "Weights and configuration, as timm reads them"
-    if hasattr(encoder, 'args'): # no timm model, but one that can be built from its arguments
-        cls = type(encoder)
-        state = {k: v.contiguous() for k,v in encoder.state_dict().items()}
-        save_file(state, folder/WEIGHTS)
-        name = f'{cls.__module__}.{cls.__qualname__}'
-        write_json(folder/CONFIG, dict(architecture=name, model_args=encoder.args))
-    else:
-        model = copy.deepcopy(getattr(encoder, 'model', encoder))
-        model = model.to(memory_format=torch.contiguous_format)
-        norm = {k: getattr(encoder, k).flatten().tolist() for k in ('mean','std')
-                if hasattr(encoder, k)}
-        model.pretrained_cfg = {**model.pretrained_cfg, **norm, 'num_classes': 0}
-        save_for_hf(model, str(folder), safe_serialization=True, model_args=model._model_args)
+    own = hasattr(encoder, 'args') # no timm model, but one that can be built from its arguments
+    model = encoder if own else copy.copy(getattr(encoder, 'model', encoder))
+    save_file({k: v.clone(memory_format=torch.contiguous_format) # also what two layers share
+               for k,v in model.state_dict().items()}, folder/WEIGHTS)
+    if own:
+        name = f'{type(encoder).__module__}.{type(encoder).__qualname__}'
+        return write_json(folder/CONFIG, dict(architecture=name, model_args=encoder.args))
+    norm = {k: getattr(encoder, k).flatten().tolist() for k in ('mean','std')
+            if hasattr(encoder, k)}
+    model.pretrained_cfg = {**model.pretrained_cfg, **norm, 'num_classes': 0}
+    save_config_for_hf(model, folder/CONFIG, model_args=model._model_args)
 
-# %% ../../nbs/core/05_encoders.ipynb #bb875b62
+# %% ../../nbs/core/05_encoders.ipynb #4140a3f3
 AGAIN = 'copy the folder again, or save the encoder anew'
 
 def _read_config(folder):
@@ -486,21 +549,24 @@ def _read_config(folder):
     file = folder/CONFIG
     for f in (CONFIG, WEIGHTS):
         if not (folder/f).exists(): raise FileNotFoundError(
-            f'{folder} holds no encoder: {f} is missing; give the folder that save_encoder wrote')
+            f'{folder} holds no encoder: {f} is missing; give the folder that save_encoder wrote, '
+            'or that of a finished run')
     try: cfg = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{file} is damaged, no JSON ({e}); {AGAIN}') from None
     name = cfg.get('architecture') if isinstance(cfg, dict) else None
     if not isinstance(name, str): raise ValueError(
         f'{file} is not the configuration of an encoder: it names no architecture; '
         'give the folder that save_encoder wrote')
+    if cfg!=_checked(cfg) and 'config_sha256' in cfg: raise ValueError( # older folders have none
+        f'{file} is damaged or was changed by hand: it does not fit its checksum; {AGAIN}')
     if name.startswith('ssl_nb.') or timm.is_model(name): return cfg
     raise ValueError(f'{file}: {did_you_mean(name, timm.list_models(), "architecture")}')
 
-# %% ../../nbs/core/05_encoders.ipynb #bf8afb74
+# %% ../../nbs/core/05_encoders.ipynb #45461bfe
 def _read_weights(folder, cfg):
     "The weights by name, or an error that names the file: damaged, or of another encoder"
     file,known = folder/WEIGHTS,cfg.get('weights_sha256') # folders of before have none
-    if known and _sha256(file)!=known: raise ValueError(
+    if known and _sha256(file.read_bytes())!=known: raise ValueError(
         f'{file} is damaged or of another encoder: its checksum is not that of {CONFIG}; {AGAIN}')
     try: return load_file(file)
     except (SafetensorError, OSError) as e:
@@ -533,6 +599,87 @@ def load_encoder(
         said = f'no {e} in it' if isinstance(e, KeyError) else _last_line(e)
         raise ValueError(f'{folder/CONFIG} and {WEIGHTS} do not make an encoder: {said}; '
                          f'{AGAIN}') from None
+
+# %% ../../nbs/core/05_encoders.ipynb #84844390
+def _takes(enc):
+    "What an encoder was made for, by the names of `DataInfo`"
+    if isinstance(enc, ImageEncoder):
+        c,_,size = enc.model.pretrained_cfg['input_size']
+        return dict(channels=c, size=size)
+    return {k: enc.args[k] for k in ('channels','size','vocab_size','max_len') if k in enc.args}
+
+# %% ../../nbs/core/05_encoders.ipynb #e4822a57
+def _begun(folder, info, pretrained, kwargs):
+    "The encoder of a folder, to train it further on data that it fits"
+    given = ['pretrained']*bool(pretrained) + list(kwargs)
+    if given: raise ValueError(
+        f'{folder} has its architecture and weights already; leave out {", ".join(given)}')
+    folder,kind = Path(folder).expanduser(),get_kind(info.kind)
+    if (folder/'encoder').is_dir(): folder = folder/'encoder'
+    enc,usual = load_encoder(folder),kind.encoder(kind.default_encoder, info)
+    its,ours = type(enc).__name__,type(usual).__name__
+    if its!=ours: raise ValueError(f'{folder} does not fit data of the kind {info.kind!r}: it '
+                                   f'holds {its}, not {ours}')
+    wrong = _misfit(enc, info)
+    if wrong: raise ValueError(f'{folder} does not fit this data: it was made for {wrong[0]}, '
+                               f'not for {wrong[1]}{wrong[2]}')
+    return (_as_read(enc, info) if isinstance(enc, ImageEncoder) else enc).train()
+
+# %% ../../nbs/core/05_encoders.ipynb #127181e8
+def _misfit(enc, info):
+    "(what the encoder takes, what there is, what would do), or None where the data fits"
+    takes = _takes(enc)
+    other = {k: getattr(info, k) for k,v in takes.items() if getattr(info, k)!=v}
+    if other.get('max_len', 10**9) < takes.get('max_len', 0): del other['max_len'] # short texts do
+    if list(other)==['size'] and isinstance(enc, ImageEncoder): # as do images where a CNN looks
+        try: return _try_out(enc, info) and None
+        except Exception: pass # as in `_fitted`
+    if not other: return None
+    words = [' and '.join(f'{k.replace("_", " ")} {d[k]}' for k in other) for d in (takes, other)]
+    only = f'; read the images at its size (--size {takes.get("size")})'
+    return *words,only if list(other)==['size'] else ''
+
+# %% ../../nbs/core/05_encoders.ipynb #9db7f142
+def _weights_known(name):
+    "True, or `ValueError` where timm has no weights of that name"
+    arch,_,tag = str(name).partition('.')
+    tags = [n.split('.')[1] for n in timm.list_pretrained(arch+'.*')]
+    if not tags: raise ValueError(f'there are no pretrained weights of {name!r}: leave out '
+        'pretrained (--pretrained), or take a model that has some (`timm.list_pretrained()`), '
+        'such as resnet18, convnext_atto or vit_tiny_patch16_224')
+    if not tag or tag in tags: return True
+    raise ValueError(did_you_mean(name, [f'{arch}.{t}' for t in tags], 'pretrained weights'))
+
+# %% ../../nbs/core/05_encoders.ipynb #5638e1d9
+@contextmanager
+def _asked_once():
+    "Inside, the hub is left alone if it does not answer now"
+    was = hub_settings.HF_HUB_OFFLINE
+    try: get_session().head(hub_settings.ENDPOINT, timeout=5)
+    except Exception: hub_settings.HF_HUB_OFFLINE = True # whatever its client raises
+    try: yield
+    finally: hub_settings.HF_HUB_OFFLINE = was
+
+def _no_weights(name, info, e):
+    "The error in one sentence"
+    if isinstance(e, OSError): return FileNotFoundError(
+        f'the pretrained weights of {name!r} are not on this machine, and {hub_settings.ENDPOINT} '
+        'did not give them; start once with a network, copy '
+        f'{hub_settings.HF_HUB_CACHE} from a machine that has them, or leave out pretrained '
+        '(--pretrained)')
+    return ValueError(f'the pretrained weights of {name!r} do not fit images of '
+                      f'{(info.channels, info.size, info.size)}: {_last_line(e)}')
+
+# %% ../../nbs/core/05_encoders.ipynb #2143f240
+def _with_weights(enc, name, info, kwargs):
+    "The same encoder with timm's weights and channel means"
+    args = enc.model._model_args | kwargs # these may say where else the weights are
+    try:
+        with _asked_once(): model = timm.create_model(name, pretrained=True, **args)
+        cfg,c = model.pretrained_cfg,info.channels
+        norms = [list(n) if len(n)==c else [sum(n)/len(n)]*c for n in (cfg['mean'], cfg['std'])]
+        return _try_out(ImageEncoder(model, *norms), info)
+    except Exception as e: raise _no_weights(name, info, e) from None
 
 # %% ../../nbs/core/05_encoders.ipynb #fa46c835
 def _timm_built(model):
