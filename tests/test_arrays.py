@@ -150,12 +150,12 @@ def write(folder, make, name, n=6):
         if name=='png': png16(folder/f'{i}.png', a)
         elif name=='npy': np.save(folder/f'{i}.npy', a)
         elif name=='npz': np.savez_compressed(folder/f'{i}.npz', picture=a)
-        else: tifffile.imwrite(folder/f'{i}.tif', a, photometric='rgb' if name=='rgb' else 'minisblack', planarconfig='contig' if a.shape[2]>1 else None,
-                               compression=name if name in ('zlib','lzw','zstd') else None)
+        else: tifffile.imwrite(folder/f'{i}.tif', a, photometric='rgb' if name in ('rgb','webp') else 'minisblack', planarconfig='contig' if a.shape[2]>1 else None,
+                               compression=name if name in ('zlib','lzw','zstd','webp') else None, compressionargs={'lossless': True} if name=='webp' else None)
     return stored
 
 @pytest.mark.parametrize('name,c,top,dtype', [('tif',5,256,np.uint8), ('tif',4,256,np.uint8), ('tif',2,256,np.uint8), ('zlib',7,256,np.uint8),
-    ('lzw',5,65536,np.uint16), ('zstd',4,256,np.uint8),
+    ('lzw',5,65536,np.uint16), ('zstd',4,256,np.uint8), ('webp',3,256,np.uint8),
     ('rgb',3,65536,np.uint16), ('png',2,65536,np.uint16), ('png',3,65536,np.uint16), ('png',4,65536,np.uint16), ('tif',5,65536,np.uint16), ('npy',1,256,np.uint8),
     ('npy',3,65536,np.uint16), ('npz',6,256,np.uint8), ('tif',1,65536,np.uint16)])
 def test_any_number_of_bands_of_8_and_16_bits(tmp_path, name, c, top, dtype):
@@ -370,7 +370,8 @@ def test_parts_without_a_readable_file(tmp_path, part):
         assert sizes[1]>0 and all(f.startswith('train/') for f in dls.valid.files) == (part=='valid')
         assert (dls.test is None)==(part=='test')
         assert any('read' in o for o in said)
-    assert any(f'none of the files for {part} in' in o for o in said)
+    assert any(o.endswith(f': none of the files for {part} can be read') for o in said)
+    assert f'none of the files for {part} can be read' in dls.info.read
 
 def test_too_few_samples_are_said_to_be_too_few():
     "A larger batch size is no help where there are no more samples"

@@ -477,7 +477,7 @@ def test_any_folder(tmp_path_factory, entries):
         assert real <= seen
 
 @settings(max_examples=25)
-@given(junk, st.sampled_from([image_dls, text_dls, video_dls]))
+@given(junk, st.sampled_from([image_dls, text_dls, video_dls, pair_dls_from_table]))
 def test_any_folder_for_any_kind(tmp_path_factory, entries, make):
     root = grow(tmp_path_factory.mktemp('t'), entries)
     kwargs = dict(frames=1) if make is video_dls else {}

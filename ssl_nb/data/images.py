@@ -184,6 +184,7 @@ def _readable(files, part, size, pixels, root):
         except Exception: pass
     return False
 
+# %% ../../nbs/data/04_images.ipynb #57ea3001
 def _stream(files, y, parts, size, pixels, root, info, bs, device, seed, workers):
     train,val,test = parts
     sample = train[::sample_step(len(train), pixels.nbytes(size))] # as `channel_stats` would
@@ -192,8 +193,10 @@ def _stream(files, y, parts, size, pixels, root, info, bs, device, seed, workers
     info.mean,info.std = channel_stats(x)
     lost = [n for n,p in (('valid',val), ('test',test))
             if len(p) and not _readable(files, p, size, pixels, root)]
-    if lost: warnings.warn(f'none of the files for {" and ".join(lost)} in {root} can be read',
-                           stacklevel=3)
+    if lost:
+        said = f'none of the files for {" and ".join(lost)} can be read'
+        info.read += f'; {said}'
+        warnings.warn(f'{root}: {said}', stacklevel=3)
     if 'valid' in lost: train,val = map(np.sort, cut(train, y, seed=0))
     if 'test' in lost: test = []
     ds = ImageFiles(files, y, size, pixels, root)

@@ -189,7 +189,7 @@ def _labels(l, rows, label, parts):
     y[[s=='unlabelled' for s in l.split]] = -1
     y,classes,notes = seen_in_train(y, classes, parts[0])
     l.notes += notes
-    warn_left(l)
+    warn_left(l.take(np.concatenate(parts)))
     return y,classes,describe(l, y, classes, parts)
 
 def _texts(rows, l, of, parts, split, path, left):

@@ -134,6 +134,7 @@ ARRAYS,_tiffs = {'.npy','.npz'},{'.tif','.tiff'}
 ENDINGS = {e for e,f in _endings.items() if f in Image.OPEN and f not in _foreign} | ARRAYS
 _formats = ['PNG','JPEG'] + sorted(set(Image.OPEN)-_foreign-{'PNG','JPEG'})
 _turned = {'exif','xmp','XML:com.adobe.xmp','Raw profile type exif'} # may note an orientation
+_rare = {'webp','zstd','lzma'} # compressions that Pillow was perhaps built without
 
 def _depth(dtype): return 8 if dtype in (bool,np.uint8) else 16 if dtype==np.uint16 else 32
 
@@ -142,6 +143,7 @@ def _is_whole(im):
     if im.format=='PNG':
         return im.mode[0]=='I' or not im.tile or not str(im.tile[0][3]).endswith(';16B')
     if im.format!='TIFF': return True
+    if im.info.get('compression') in _rare: return False
     bits,signed,extra = [im.tag_v2.get(tag, ()) for tag in (258,339,338)]
     on_its_side = im.tag_v2.get(274, 1)>4 and im.tag_v2.get(262) in (0,1,2)
     if on_its_side and im.tile and im.tile[0][0]=='raw': return False # Pillow mixes up the rows
