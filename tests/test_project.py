@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,52 @@ def test_readme_imports_what_exists():
         except ModuleNotFoundError: return False
     missing = [f'{mod}.{name}' for mod,name in names if not exists(mod, name)]
     assert not missing, f'README.md imports what does not exist: {missing}'
+
+
+def readme(lang): return re.findall(rf'^```{lang}\n(.*?)^```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M|re.S)
+
+
+def test_readme_commands_are_understood():
+    "Each command of ours in README.md, and each option that it names, is one of the command line"
+    from ssl_nb.app.cli import parser
+    lines = [l for b in readme('sh') for l in b.splitlines() if l.startswith('ssl_nb ')]
+    assert len(lines) >= 4
+    for line in lines:
+        try: parser().parse_args(shlex.split(line)[1:])
+        except SystemExit: pytest.fail(f'the command line does not understand: {line}')
+    commands = next(a.choices for a in parser()._actions if a.dest=='command')
+    known = {o for p in commands.values() for a in p._actions for o in a.option_strings}
+    named = set(re.findall(r'(?<![\w-])--[a-z][a-z-]+', (ROOT/'README.md').read_text(encoding='utf-8')))
+    assert named and not named - known, f'README.md names options that do not exist: {named - known}'
+
+
+def test_fine_tuning_of_the_readme(tmp_path, monkeypatch):
+    "The lines that fine-tune an encoder, on a few pictures"
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from ssl_nb.core.encoders import create_encoder, save_encoder
+    from ssl_nb.data.images import image_dls
+    for i in range(16):
+        f = tmp_path/f'path/to/images/train/{"ab"[i%2]}/{i}.png'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32,32,3), 200*(i%2)+i, 'uint8')).save(f)
+    dls = image_dls(tmp_path/'path/to/images', size=32, bs=4)
+    save_encoder(create_encoder('small_cnn', dls.info), tmp_path/'runs/mine/encoder')
+    code = next(b for b in readme('python') if 'local-dir:' in b)
+    assert 'range(20)' in code and 'batch_size=64' in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('range(20)', 'range(8)').replace('batch_size=64', 'batch_size=8'), scope := {})
+    assert scope['model'][-1].out_features==2 and scope['loss'] < 0.6, 'a dark and a bright class are not told apart'
+    assert torch.load('classifier.pt').keys()==scope['model'].state_dict().keys()
+
+
+def test_readme_pictures_are_there_and_small():
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    pictures = re.findall(r'!\[([^\]]*)\]\(([^)]+)\)', text)
+    wrong = [f for alt,f in pictures if not (ROOT/f).is_file() or (ROOT/f).stat().st_size > 100e3 or len(alt.split()) < 4]
+    assert pictures and not wrong, f'README.md shows pictures that are not there, above 100 KB, or not described: {wrong}'
 
 
 @pytest.mark.parametrize('name', ['README.md', 'CONTRIBUTING.md'])
