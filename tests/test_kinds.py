@@ -141,7 +141,7 @@ def test_pairs_serve_methods_of_any_kind(tmp_path):
 
 
 def kinds_of(path):
-    from ssl_nb.app.run import guess_kind
+    from ssl_nb.app.folder import guess_kind
     return guess_kind(path)
 
 

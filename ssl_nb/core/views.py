@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['resize_matrix', 'separable', 'resized_crop', 'uniform', 'central_box', 'random_crop_box', 'per_sample', 'on_rgb',
            'luma', 'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'grey', 'adjust_hue', 'gaussian_window',
-           'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'affine_matrix',
-           'warp', 'Affine', 'check_unit', 'ImageViews', 'image_views', 'TokenViews', 'ClipViews', 'default_views']
+           'gaussian_blur', 'solarize', 'Draw', 'CropFlip', 'Jitter', 'Grey', 'Blur', 'Solarize', 'quarter_turns',
+           'Turns', 'affine_matrix', 'warp', 'Affine', 'check_unit', 'ImageViews', 'image_views', 'TokenViews',
+           'ClipViews', 'default_views']
 
 # %% ../../nbs/core/03_views.ipynb #80d22ff3
 import math, functools
@@ -214,7 +215,7 @@ def solarize(
     return torch.where(x>=per_sample(thresh,x), 1-x, x)
 
 # %% ../../nbs/core/03_views.ipynb #11ecda2c
-_limits = dict(p=(0,1), flip=(0,1), drop=(0,1), scale=(0,1), hue=(0,0.5), ratio=(1e-3,1e3),
+_limits = dict(p=(0,1), flip=(0,1), drop=(0,1), scale=(1e-3,1), hue=(0,0.5), ratio=(1e-3,1e3),
                zoom=(1e-3,1e3), aspect=(1,1e3)) # the others: at least 0
 def _within(name, value):
     "A setting, a pair as a tuple; `ValueError` outside of its limits, or the larger number first"
@@ -306,6 +307,22 @@ class Solarize(Draw):
         on = torch.rand(len(x), device=x.device) < self.p
         return solarize(x, torch.where(on, self.thresh, 2.))
 
+# %% ../../nbs/core/03_views.ipynb #760b6ab9
+def quarter_turns(
+    x, # (B,C,S,S) square images
+    k  # (B,) quarters of a turn, counter-clockwise, 0 to 3
+):
+    "(B,C,S,S) each sample turned by its own number of quarters"
+    if x.shape[2]!=x.shape[3]: raise ValueError('quarter turns take square images, '
+                                                f'got {x.shape[2]}x{x.shape[3]} pixels')
+    for i in (1,2,3): x = torch.where(per_sample(k==i, x).bool(), x.rot90(i, (2,3)), x)
+    return x
+
+class Turns(Draw):
+    "Turn each sample by none, one, two or three quarters, all equally likely"
+    def __init__(self): super().__init__(turns=True)
+    def forward(self, x): return quarter_turns(x, torch.randint(4, (len(x),), device=x.device))
+
 # %% ../../nbs/core/03_views.ipynb #54ff5bd2
 def affine_matrix(
     turn, slant, # (B,) angles in radians
@@ -390,14 +407,13 @@ def image_views(
     ratio=(3/4,4/3), # width/height of the crop
     flip=0.5,        # probability of a mirror image; 0 for what has a left and a right, as digits
     brightness=0.4,  # strengths of the jitter (SimCLR, appendix A and B.9: s=0.5 for CIFAR-10)
-    contrast=0.4,
-    saturation=0.4,
-    hue=0.1,
+    contrast=0.4, saturation=0.4, hue=0.1,
     jitter=0.8,      # probability of the jitter (SimCLR, appendix A)
     grey=0.2,        # probability of losing colour (SimCLR, appendix A)
     blur=0.,         # probability of blur (SimCLR: 0.5 on ImageNet, none on CIFAR-10)
     solarize=0.,     # probability of solarising (BYOL: 0.2 in the second view)
     affine=None,     # settings of `Affine`, which replaces the crop; {} for its default ones
+    turns=False,     # quarter turns as well? For what has no up and down, as cells and maps
 ):
     "`ImageViews` with SimCLR's augmentations for small images; call it once for each view"
     if affine is None: ops = [CropFlip(size, scale, ratio, flip)]
@@ -406,6 +422,7 @@ def image_views(
     if grey:     ops.append(Grey(grey))
     if blur:     ops.append(Blur(blur))
     if solarize: ops.append(Solarize(solarize))
+    if turns:    ops.append(Turns())
     return ImageViews(*ops)
 
 # %% ../../nbs/core/03_views.ipynb #8a09c534

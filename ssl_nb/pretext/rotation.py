@@ -47,7 +47,7 @@ class Rotation(Method):
 
     @classmethod
     def for_data(cls, encoder, dls, **kwargs):
-        crops = {'scale': (0.4,1.)} | dls.info.views | {'jitter': 0., 'grey': 0.}
+        crops = {'scale': (0.4,1.)} | dls.info.views | {'jitter': 0., 'grey': 0., 'turns': False}
         return cls(encoder, **{'views': image_views(dls.info.size, **crops)} | kwargs)
 
     def pretext(self, x):

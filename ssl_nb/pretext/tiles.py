@@ -154,7 +154,7 @@ def tiles_for(
     gap:float=0. # Average width of the gap, in sides of a cell (tile + jitter); at least the jitter
 )->Tiles:
     "Tiles that suit the data: 2 per side below 24 pixels; from then on 3, gap, jitter, even"
-    crops = {'scale': (0.6,1.)} | info.views | {'jitter': 0., 'grey': 0., 'flip': 0.}
+    crops = {'scale': (0.6,1.)} | info.views | dict(jitter=0., grey=0., flip=0., turns=False)
     small = info.size<24
     views = image_views(info.size, **crops | ({'scale': (0.6,1.)} if small else {}))
     if small: return Tiles(2, size=info.size, views=views)
