@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ssl_nb.contrastive.cpc import CPC
-from ssl_nb.core.encoders import SmallCNN, StemConv, create_encoder, feature_map, fresh_encoder, load_encoder, map_channels, patch_size, save_encoder
+from ssl_nb.core.encoders import ImageEncoder, SmallCNN, StemConv, create_encoder, feature_map, fresh_encoder, load_encoder, map_channels, patch_size, save_encoder
 from ssl_nb.core.loader import DataInfo, array_dls
 from ssl_nb.evaluate.report import report
 from ssl_nb.masked.mae import MAE
@@ -224,6 +224,20 @@ def test_trained_weights_must_be_asked_for(name):
     for info in (of_size(32), VIDEO):
         with pytest.raises(ValueError, match=f'names trained weights.*add pretrained .--pretrained.*architecture alone is .{name.split(".")[0]}.'):
             create_encoder(name, info)
+
+
+@pytest.mark.parametrize('n,places', [(4, 4), (5, 4), (2, 1), (1, 1), (18, 16), (19, None), (7, None)])
+def test_a_class_token_that_timm_does_not_declare_is_no_position(n, places):
+    class Net(nn.Module): # as VOLO: a class token, and no `num_prefix_tokens`
+        num_features = 3
+        def forward_features(self, x): return torch.arange(n).float().view(1, n, 1).expand(2, n, 3)
+    enc,x = ImageEncoder(Net(), [0.]*3, [1.]*3),torch.rand(2, 3, 8, 8)
+    if places is None:
+        for f in (enc.tokens, lambda x: feature_map(enc, x)):
+            with pytest.raises(ValueError, match=f'Net gives {n} tokens, which make no square map'): f(x)
+        return
+    h,m = enc.tokens(x)[0],feature_map(enc, x)
+    assert h[0,:,0].tolist()==list(range(n-places, n)) and torch.equal(m.flatten(2).transpose(1, 2), h) and m.shape[2]==m.shape[3]
 
 
 def test_a_wrong_argument_is_named():

@@ -8,10 +8,11 @@ __all__ = ['CONFIG', 'WEIGHTS', 'AGAIN', 'ImageEncoder', 'vit_features', 'StemCo
            'TextTransformer', 'text_encoder', 'ConvGRU', 'VideoEncoder', 'video_encoder', 'save_encoder',
            'load_encoder', 'fresh_encoder']
 
-# %% ../../nbs/core/05_encoders.ipynb #d87ce674
+# %% ../../nbs/core/05_encoders.ipynb #2e3a9177
 import copy, hashlib, importlib, json, os, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 import timm, torch
 import torch.nn.functional as F
@@ -282,20 +283,26 @@ def create_encoder(
     if pretrained: kwargs['pretrained'] = _weights_known(name)
     return kind.encoder(name, info, **kwargs)
 
-# %% ../../nbs/core/05_encoders.ipynb #de86feb9
+# %% ../../nbs/core/05_encoders.ipynb #dd5f0a89
 def map_channels(
     encoder # An `ImageEncoder`
 )->int:
     "Channels of its feature map (some timm models widen after pooling)"
     return encoder.model.num_features
 
-def _check_one(h, encoder):
-    "`ValueError` where there is more than one map"
+def _places(h, encoder):
+    "The features of the positions: a map as it is, tokens without those of no place, which lead"
+    name = type(encoder.model).__name__
     if not torch.is_tensor(h): raise ValueError(
-        f'{type(encoder.model).__name__} has features of several resolutions side by side, and no '
-        'one map of them; use small_cnn, small_vit or another encoder where positions count')
+        f'{name} has features of several resolutions side by side, and no one map of them; use '
+        'small_cnn, small_vit or another encoder where positions count')
+    if h.ndim!=3: return h
+    over = h.shape[1]-isqrt(h.shape[1])**2 # where timm does not say it: what is over a square
+    h = h[:,getattr(encoder.model, 'num_prefix_tokens', over if over<3 else 0):]
+    if isqrt(h.shape[1])**2==h.shape[1]: return h
+    raise ValueError(f'{name} gives {h.shape[1]} tokens, which make no square map')
 
-# %% ../../nbs/core/05_encoders.ipynb #bdda645b
+# %% ../../nbs/core/05_encoders.ipynb #beee03e4
 def feature_map(
     encoder, # An `ImageEncoder`
     x, # (B,C,H,W) in [0,1]
@@ -303,16 +310,11 @@ def feature_map(
 ): # (B,C',h,w)
     "Features before pooling, as a map; tokens are laid out row by row, without those of no place"
     h,D = encoder.forward_features(x) if h is None else h,map_channels(encoder)
-    _check_one(h, encoder)
-    if h.ndim==3:
-        h = h[:,getattr(encoder.model, 'num_prefix_tokens', 0):]
-        g,name = round(h.shape[1]**0.5),type(encoder.model).__name__
-        if g*g!=h.shape[1]:
-            raise ValueError(f'{name} gives {h.shape[1]} tokens, which make no square map')
-        return h.transpose(1, 2).unflatten(2, (g,g))
+    h = _places(h, encoder)
+    if h.ndim==3: return h.transpose(1, 2).unflatten(2, (isqrt(h.shape[1]),-1))
     return h if h.shape[1]==D else h.permute(0, 3, 1, 2) # some models keep channels last
 
-# %% ../../nbs/core/05_encoders.ipynb #c2fbd417
+# %% ../../nbs/core/05_encoders.ipynb #e803877e
 @patch
 def tokens(self:ImageEncoder,
     x, # (B,C,H,W) in [0,1]
@@ -320,8 +322,8 @@ def tokens(self:ImageEncoder,
 ): # (h (B,N,D), None): positions row by row; K of them where `keep` is given
     "One feature vector per position; the class token and others of no place are left out"
     h = self.forward_features(x, keep)
-    _check_one(h, self)
-    if h.ndim==3: return h[:,getattr(self.model, 'num_prefix_tokens', 0):],None
+    if keep is not None: return h[:,self.model.num_prefix_tokens:],None
+    if torch.is_tensor(h) and h.ndim==3: return _places(h, self),None
     return feature_map(self, x, h).flatten(2).transpose(1, 2),None
 
 # %% ../../nbs/core/05_encoders.ipynb #528c576d
