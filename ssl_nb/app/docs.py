@@ -184,10 +184,10 @@ def build_docs(
     shutil.move(cache/cfg['project']['output-dir'], out)
     return out
 
-# %% ../../nbs/app/04_docs.ipynb #e817a7cd
+# %% ../../nbs/app/04_docs.ipynb #f3d41ad8
 def _option(a): # An argument of argparse as it is typed
     name = a.metavar or a.dest.upper()
-    value = '' if a.nargs==0 else f' {name}'
+    value = '' if a.nargs==0 else f' {name if isinstance(name, str) else " ".join(name)}'
     return f'`{(a.option_strings or [""])[-1]}{value}`'.replace('` ', '`')
 
 def options_table(
