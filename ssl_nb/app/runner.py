@@ -19,7 +19,7 @@ from fastai.callback.core import (Callback, CancelFitException, CancelTrainExcep
                                   CancelValidException)
 from .checks import (check_settings, method_settings, pick_device, read_record, workplace,
                                write_record)
-from .run import builtin_data, read_data, which_data
+from .folder import builtin_data, read_data, which_data
 from ..core.common import did_you_mean, end_with_parent
 from ..core.encoders import create_encoder
 from ..core.learner import CollapseMonitor, progress, seed_everything, ssl_learner
