@@ -293,7 +293,9 @@ def test_cells_that_are_no_label(tmp_path):
     df = pd.DataFrame(dict(file=['1.png','2.png','3.png','4.png'], label=[3.,None,-1.,4.]))
     df.to_parquet(tmp_path/'t.parquet')
     df.to_json(tmp_path/'t.jsonl', orient='records', lines=True)
-    for name in ('t.parquet','t.jsonl'): assert table_listing(tmp_path/name).label['label']==['3',None,None,'4']
+    df.to_csv(tmp_path/'f.csv', index=False) # an empty cell makes floats of whole numbers
+    for name in ('t.parquet','t.jsonl','f.csv'): assert table_listing(tmp_path/name).label['label']==['3',None,None,'4']
+    assert known_labels(['1.0','1.5','','007'])==['1.0','1.5',None,'007'] and known_labels(['1.0','','007'])==['1',None,'007']
     assert class_ids(known_labels(['--1','2','nan']))[1]==['--1','2']
 
 @pytest.mark.parametrize('make,name', [(image_dls,'images'), (video_dls,'clips'), (text_dls,'texts'), (pair_dls_from_table,'texts of 16 images')])

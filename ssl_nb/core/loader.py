@@ -387,7 +387,9 @@ def known_labels(
     cells # Of a table or a list, of any type
 )->list: # Their text, None for those that say nothing
     "What labels say, without the many ways to say nothing"
-    return [None if o.lower() in _unknown else o for o in map(_label, cells)]
+    names = [None if o.lower() in _unknown else o for o in map(_label, cells)]
+    whole = all(re.fullmatch(r'-?\d+([.]0*)?', o) for o in names if o) # 1.0 beside an empty cell
+    return [o and o.split('.')[0] for o in names] if whole else names
 
 def _label(cell):
     "The text of a label of any type; '' where there is none"
