@@ -7,7 +7,8 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 
-from ssl_nb.app.run import get_dls
+from ssl_nb.app.folder import get_dls
+from ssl_nb.app.run import time_needed
 from ssl_nb.core.common import stoppable, whole_file, write_json
 from ssl_nb.core.encoders import create_encoder, save_encoder
 from ssl_nb.core.learner import Checkpoint, loose_buffers, read_state, save_atomic, ssl_learner
@@ -106,6 +107,8 @@ def test_looking_changes_nothing(name, no_figure):
     drawn = draw()
     torch.manual_seed(3); np.random.seed(3); random.seed(3)
     show_pretext(method, dls, n=4)
+    seen = dls.train.epoch
+    assert min(time_needed(dict(device='cpu', wd=0.05, epochs=3), dls, method)) > 0 and dls.train.epoch == seen
     learn = ssl_learner(dls, method)
     learn.n_epoch = learn.epoch = 1
     for cb in (learn.pretext, learn.collapse_monitor, learn.online_knn): cb.before_fit()

@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 import ssl_nb.core.encoders # registers the small encoders with timm
 import ssl_nb.app.run as app_run
 from ssl_nb.app.checks import write_record
-from ssl_nb.app.cli import main
+from ssl_nb.app.cli import main, method_lines
 from ssl_nb.core.loader import digits_dls
 from ssl_nb.core.method import check_method, find_methods, get_method
 from ssl_nb.app.embed import embed
-from ssl_nb.app.run import build, get_dls, guess_kind, pretrain, read_config, run_config, run_folder
+from ssl_nb.app.folder import get_dls, guess_kind, read_config, run_config, run_folder
+from ssl_nb.app.run import build, enough_steps, pretrain, run_method, what_was_read
 from ssl_nb.app.runner import settings
 from ssl_nb.core.learner import Checkpoint
 from ssl_nb.data.images import image_listing
@@ -200,7 +201,9 @@ def test_resume_refuses_what_differs(mine, tmp_path, capsys):
     other = photos(tmp_path/'other', 4)
     for args, said in ((['--epochs', 3], 'epochs 1 (now 3)'), (['--lr', 0.5], 'lr 0.01 (now 0.5)'), (['--seed', 7], 'seed 0 (now 7)'),
                        (['--size', 32], 'size 16 (now 32)'), (['--batch-size', 4], 'batch_size 8 (now 4)'),
-                       (['--encoder', 'small_vit'], "encoder 'small_cnn' (now 'small_vit')"), (['--data', other], f"train' (now '{other}')")):
+                       (['--encoder', 'small_vit'], "encoder 'small_cnn' (now 'small_vit')"), (['--encoder', mine], f"(now '{mine}')"),
+                       (['--set', 'temp=0.2'], "set {} (now {'temp': 0.2})"), (['--no-flip'], "views {} (now {'flip': 0.0})"),
+                       (['--range', 'percentiles'], "range None (now 'percentiles')"), (['--pretrained'], 'pretrained False (now True)'), (['--data', other], f"train' (now '{other}')")):
         err = one_line(capsys, 'pretrain', 'simclr', '--out', mine, '--resume', '--device', 'cpu', *args)
         assert said in err and f'--from {mine}' in err
     assert "method 'simclr' (now 'rotation')" in one_line(capsys, 'pretrain', 'rotation', '--out', mine, '--resume')
@@ -323,7 +326,8 @@ bad_settings = [('--size', '1', 'size must be at least 4, got 1'), ('--size', '-
                 ('--data', '', 'data is empty'), ('--out', '', 'out is empty'), ('--epochs', '0', 'epochs must be at least 1'),
                 ('--batch-size', '0', 'batch_size must be at least 1')]
 bad_pretrain = [('--seed', str(10**20), 'seed must be at most'), ('--seed', '-1', 'seed must be at least 0'), ('--lr', 'nan', 'lr must be a number, got nan'),
-                ('--lr', '0', 'lr must be at least'), ('--save-seconds', 'nan', 'save_seconds must be a number, got nan'), ('--from', '', 'start_from is empty')]
+                ('--lr', '0', 'lr must be at least'), ('--hue', '3', 'hue must be a number between 0 and 0.5'),
+                ('--set', 'tmp=1', "setting of simclr 'tmp'; did you mean temp"), ('--set', 'temp=low', 'usual: temp=0.5'), ('--range', 'low', 'range must be the two values'), ('--save-seconds', 'nan', 'save_seconds must be a number, got nan'), ('--from', '', 'start_from is empty')]
 bad_compare = [('--workers', '-1', 'workers must be at least 1, got -1'), ('--seeds', '0', 'seeds must be at least 1'), ('--methods', ',', 'names no method'),
                ('--methods', '', 'names no method'), ('--samples', '-3', 'samples must be at least 1'), ('--methods', 'simclr:tmp=1', 'did you mean temp')]
 
@@ -352,7 +356,7 @@ def test_failed_start_leaves_nothing(tmp_path, capsys):
     "Nor does it take the folder from the corrected command"
     folder = photos(tmp_path/'photos', 24)
     args = ['pretrain', 'simclr', '--data', folder, '--out', tmp_path/'a'/'run', '--device', 'cpu', '--epochs', 1, '--size', 16]
-    for wrong in (['--encoder', 'resnet81'], ['--batch-size', 1]): # before the training, and in its first step
+    for wrong in (['--encoder', 'resnet81'], ['--batch-size', 1], ['--pretrained'], ['--set', 'hidden=2.5'], ['--scale', 0, 0]): # before the training, and in its first step
         one_line(capsys, *args, *wrong)
         assert not (tmp_path/'a').exists()
     (tmp_path/'a'/'run').mkdir(parents=True)
@@ -435,3 +439,76 @@ def test_sigterm_says_how_to_go_on(tiny, tmp_path):
     err = p.communicate()[1]
     assert p.returncode == 128+signal.SIGTERM and f'stopped; go on with: ssl_nb pretrain simclr --out {out} --resume' in err and 'Traceback' not in err
     assert not (out/'.lock').exists()
+
+
+# What is asked for on the command line arrives in the run, or is refused by name.
+
+def test_what_was_asked_for_arrives(tmp_path, capsys):
+    "In the method, in config.json and in the first lines; a run that goes on keeps it"
+    data = photos(tmp_path/'data', 30)
+    args = ['pretrain', 'simclr', '--data', data, '--size', 16, '--epochs', 1, '--out', tmp_path/'run', '--device', 'cpu', '--no-supervised']
+    own = ['--set', 'temp=0.2', '--set', 'dim=16', '--no-flip', '--scale', 0.5, 1, '--hue', 0.02, '--turns']
+    assert main([str(a) for a in (*args, *own)]) == 0
+    said = capsys.readouterr().out
+    for words in ('16x16 pixels, 3 channels', 'would make 0 steps an epoch of 27 samples', 'temp = 0.2, dim = 16', 'hue = 0.02', 'of training, and'): assert words in said
+    assert said.index('pixels') < said.index('of training, and') < said.index('train_loss')
+    cfg = read_config(tmp_path/'run')
+    assert cfg['set'] == dict(temp=0.2, dim=16) and cfg['views'] == dict(scale=[0.5, 1.], hue=0.02, flip=0., turns=True) and cfg['batch_size'] == 16
+    dls, m = build(cfg)
+    assert m.temp == 0.2 and [(m.views[0].scale, m.views[0].flip), m.views[1].hue, m.views[-1].turns] == [((0.5, 1.), 0.), 0.02, True]
+    assert cfg['lr'] == pytest.approx(get_method('simclr').recipe['lr']*(16/128)**0.5)
+    assert main([str(a) for a in (*args, *own, '--resume')]) == 0 and 'going on after epoch 1 of 1' in capsys.readouterr().out
+    new = pretrain('simclr', str(data), tmp_path/'new', start_from=tmp_path/'run', set=dict(temp=0.3), device='cpu', supervised=False)
+    assert read_config(new)['set'] == dict(temp=0.3, dim=16) and read_config(new)['views'] == cfg['views']
+
+
+@pytest.mark.parametrize('method,data,views,said', [('rotation', 'photos', dict(hue=0.3), 'has the random views CropFlip'), ('rotation', 'photos', dict(turns=True), 'turns=True would'),
+    ('jigsaw', 'photos', dict(turns=True), 'turns=True would'), ('vae', 'digits', dict(flip=0.), 'has no random views'), ('simclr', 'mnist', dict(scale=(0.5, 1)), 'random views Affine'),
+    ('simclr', 'digits', dict(hue=0.1), 'has images without colours'), ('simclr', 'bouncing', dict(hue=0.1), 'random views ClipViews')])
+def test_views_that_would_change_nothing(method, data, views, said):
+    with pytest.raises(ValueError, match=said): build(run_config(method, data, views=views, device='cpu', batch_size=8))
+
+
+def test_range_of_deep_pictures(tmp_path, capsys):
+    "Twelve bits in sixteen are not black; a range that is given is kept"
+    data = tmp_path/'deep'
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(20): Image.fromarray(rng.integers(0, 4096, (16, 16)).astype(np.uint16)).save(data/f'{i}.png')
+    with pytest.warns(UserWarning, match='12 bits'): run = pretrain('vae', str(data), tmp_path/'a', epochs=1, supervised=False, device='cpu')
+    shown = np.asarray(Image.open(run/'pretext.png').convert('L'))
+    assert np.mean((shown > 60) & (shown < 200)) > 0.1
+    assert main([str(a) for a in ('pretrain', 'vae', '--data', data, '--epochs', 1, '--range', 0, 2000, '--out', tmp_path/'b', '--device', 'cpu')]) == 0
+    assert read_config(tmp_path/'b')['info']['range'] == [[0., 2000.]]
+    (tmp_path/'texts').mkdir()
+    for i in range(9): (tmp_path/'texts'/f'{i}.txt').write_text('a text')
+    assert 'text has no pixels of unknown range' in one_line(capsys, 'pretrain', 'bert', '--data', tmp_path/'texts', '--range', 0, 1)
+
+
+@pytest.mark.parametrize('n,asked,bs', [(1024, None, 128), (1023, None, 64), (203, None, 16), (5, None, 16), (203, 128, 128)])
+def test_an_epoch_has_eight_steps(n, asked, bs):
+    dls, cfg = digits_dls(bs=128), run_config('simclr', 'digits', batch_size=asked)
+    dls.loaders[0] = dls.train.take(torch.arange(n))
+    said = enough_steps(cfg, dls, {'lr'} if asked else ('batch_size', 'lr'))
+    assert cfg['batch_size'] == bs and bool(said) == (bs != (asked or 128)) and dls.train.bs == min(bs, n) == dls.test.bs*min(bs, n)//bs
+    assert f'{len(dls.train)} steps' in what_was_read(dls)
+
+
+def test_begin_with_the_encoder_of_a_run(mine, tmp_path, monkeypatch):
+    "Named from its own folder, stored whole; a run that goes on needs nothing to be named"
+    monkeypatch.chdir(mine.parent)
+    new = pretrain('byol', read_config(mine)['data'], tmp_path/'new', encoder='mine', epochs=1, lr=1e-12, size=16, device='cpu', supervised=False)
+    assert read_config(new)['encoder'] == str(mine)
+    a, b = [load_file(o/'encoder'/'model.safetensors') for o in (mine, new)]
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a if 'running' not in k and 'num_batches' not in k)
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(mine)
+    assert main(['report', str(new), '--no-supervised', '--device', 'cpu']) == 0 # what it began with is not needed any more
+
+
+def test_methods_are_listed_without_being_imported():
+    lines = [f'{name:19} {cls.modality or "any":6} {(cls.__doc__ or "").splitlines()[0]}' for name, cls in find_methods().items()]
+    assert method_lines() == lines
+    code = 'import sys; from ssl_nb.app.cli import main; main(["methods"]); sys.exit("torch" in sys.modules)'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.returncode == 0 and out.stdout.splitlines() == lines
