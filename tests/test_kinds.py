@@ -105,7 +105,7 @@ def test_train_report_and_embed(place):
     assert 'this encoder' in ssl_nb(place, 'report', run, '--device', 'cpu')
     ssl_nb(place, 'embed', run, 'waves.series', '--out', features, '--device', 'cpu')
     h = pd.read_parquet(features)
-    assert h.shape==(240, 65) and h.file[7]=='waves.series:7'
+    assert h.shape==(240, 67) and h.file[7]=='waves.series:7'
 
 
 def test_compare(place):
