@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_free', 'Report', 'table_text', 'report']
 
-# %% ../../nbs/evaluate/03_report.ipynb #0427b088
+# %% ../../nbs/evaluate/03_report.ipynb #3bdcf399
 import textwrap, time
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +23,6 @@ from .baselines import (fit_batchnorm, most_epochs, raw_features,
 from .few_labels import (asked_part, by_column, check_labels, divided, draw_labels,
                                         few_in_all, label_draws, labelled, labels_of,
                                         paired_lead, predictions, test_error)
-from .baselines import train_supervised # for pages that look for it here
-from .few_labels import few_label_accuracy, linear_probe
 
 # %% ../../nbs/evaluate/03_report.ipynb #212cf70f
 @torch.no_grad()
