@@ -171,6 +171,7 @@ def test_every_size_up_to_512_has_few_patches_or_a_neighbour_that_has():
         few += 1
     assert {7, 17, 28, 33, 64, 96, 224, 384, 512} & set(refused)==set() and few>150
     assert {61, 23, 127} < set(refused)
+    assert {(s//patch_size(s))**2 for s in range(24, 129, 8) if s not in (88, 104, 120)}=={49, 64}, 'a smaller image has more patches'
 
 
 @pytest.mark.parametrize('name', ['small_cnn', 'small_resnet', 'small_stem', 'small_vit'])

@@ -147,7 +147,7 @@ def small_cnn(pretrained=False, **kwargs):
     kwargs['pretrained_cfg'] = kwargs.get('pretrained_cfg') or dict(architecture='small_cnn')
     return build_model_with_cfg(SmallCNN, 'small_cnn', pretrained, **kwargs)
 
-# %% ../../nbs/core/05_encoders.ipynb #4f9edda8
+# %% ../../nbs/core/05_encoders.ipynb #48fac1f0
 def _patches(size):
     "Sides of patches that divide the image and leave 7 to 20 a side (fewer below 14 px)"
     few,many = min(7, max(2, size//2)),max(20, size//16)
@@ -156,8 +156,8 @@ def _patches(size):
 def patch_size(
     size:int # Side of the image in pixels
 )->int: # Side of a patch that divides it
-    "The largest power of two that leaves 7 to 20 patches a side, or the largest number that does"
-    if fit := _patches(size): return max([p for p in fit if p in (2,4,8,16)] or fit)
+    "The largest number that leaves 7 to 20 patches a side"
+    if fit := _patches(size): return max(fit)
     near = [s for s in range(size-16, size+17) if _patches(s)]
     near = [f([s for s in near if (s-size)*k>0], default=None) for f,k in ((max,-1), (min,1))]
     near = ' or '.join(str(s) for s in near if s)
