@@ -466,7 +466,7 @@ def _strips(copies, far, new):
     pairs = [([new[a],new[b]], label(r)) for (a,b),r in zip(copies.index, copies.itertuples())
              if a in new and b in new]
     odd = [([new[i]], f'{d:.1f} times as far') for i,d in zip(far.index, far.distance) if i in new]
-    first = f', the first {len(pairs)} here' if len(pairs)<len(copies) else ''
+    first = f', {len(pairs)} of them here' if len(pairs)<len(copies) else ''
     return [dict(title='Near-duplicates', items=pairs, note=f'{len(copies)} pairs that are far '
                  f'nearer to each other than is usual around them{first}'),
             dict(title='Outliers', items=odd, note='Farthest from their neighbours, in units of '
