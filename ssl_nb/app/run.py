@@ -128,7 +128,7 @@ def enough_steps(
             '(--batch-size and --lr set others)')
     cfg.update(batch_size=new, lr=lr)
     dls.loaders = [dl.new(bs=new) for dl in dls.loaders]
-    if dls.test: dls.test = dls.loaders[2]
+    if len(dls.loaders)>2: dls.test = dls.loaders[2]
     return [said]
 
 # %% ../../nbs/app/01_run.ipynb #2af91740
