@@ -615,3 +615,13 @@ def test_the_report_of_a_started_encoder_shows_nothing_trained_in_its_random_row
         rows.append(report(create_encoder(tmp_path/'e', dls.info), dls, supervised=False, show=False).table)
     same_rows = (rows[0].fillna(0)==rows[1].fillna(0)).all(axis=1)
     assert same_rows.to_dict()=={'raw input': True, 'random encoder': True, 'this encoder': False}
+
+def test_text_goes_on_with_the_tokens_of_the_run_that_it_begins_with(tmp_path):
+    from ssl_nb.app.run import pretrain
+    for name,words in (('a', 'red green blue grey'), ('b', 'cyan rose lime plum')):
+        (tmp_path/name).mkdir()
+        for i in range(24): (tmp_path/name/f'{i}.txt').write_text(' '.join(words.split()[(i*k)%4] for k in range(1, 12)))
+    same = dict(epochs=1, batch_size=16, supervised=False, device='cpu')
+    a = pretrain('bert', tmp_path/'a', tmp_path/'run_a', **same)
+    b = pretrain('bert', tmp_path/'b', tmp_path/'run_b', encoder=str(a), **same)
+    assert (a/'tokenizer.json').read_bytes()==(b/'tokenizer.json').read_bytes(), 'the numbers of the words have changed their meaning'

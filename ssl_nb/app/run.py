@@ -215,7 +215,7 @@ def pretrain(
 def _train(cfg, out, save_seconds, free, supervised):
     "(dls, encoder) after training, or after the rest of it"
     old,begun = cfg.get('start_from'),(out/'checkpoint.pt').exists()
-    dls = run_data(cfg, kept=out if begun else old)
+    dls = run_data(cfg, kept=out if begun else old or cfg['encoder']) # its tokens, too
     said = enough_steps(cfg, dls, free)
     if begun: check_same_data(cfg, dls, out)
     print(what_was_read(dls), *said, sep='\n', flush=True)
