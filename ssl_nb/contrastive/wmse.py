@@ -56,7 +56,7 @@ def wmse_loss(
         total = total + 2 - 2*(z1*z2).sum(-1).mean()
     return total/iters
 
-# %% ../../nbs/contrastive/13_wmse.ipynb #c8d286ab
+# %% ../../nbs/contrastive/13_wmse.ipynb #f7b23c75
 class WMSE(JointEmbedding):
     "Views agree after the batch has been whitened (Ermolov et al. 2021)"
     recipe = dict(epochs=20, batch_size=128, lr=5e-3, wd=0.05)
@@ -75,7 +75,6 @@ class WMSE(JointEmbedding):
         self.whitening,self.eps = whitening,eps
         self.head = mlp((encoder.num_features, hidden or encoder.num_features, dim))
         if whitening: self.min_batch = dim+1
-
 
 # %% ../../nbs/contrastive/13_wmse.ipynb #5d1c0b05
 @patch(cls_method=True)
