@@ -282,6 +282,8 @@ def test_scikit_learn_says_nothing_and_a_probe_that_is_not_done_says_it_once():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         quick(array_dls(x, y, x, y, classes=list('abc')))
+        many, c = classes([4]*30) # one label in each of 30 classes: more than half as many classes as samples
+        quick(array_dls(many, c, many, c, classes=[str(i) for i in range(30)]))
     _, said = quiet(few_label_accuracy, *[torch.as_tensor(o).float().flatten(1) if o.ndim > 1 else torch.as_tensor(o) for o in (x, y, x, y)])
     assert not said
     with pytest.warns(UserWarning, match='did not converge in 2 steps'): fit_probe(x.reshape(len(x), -1), y, max_iter=2)

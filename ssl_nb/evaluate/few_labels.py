@@ -9,7 +9,6 @@ __all__ = ['draw_labels', 'fit_probe', 'linear_probe', 'label_draws', 'predictio
 # %% ../../nbs/evaluate/01_few_labels.ipynb #746478e5
 import warnings
 import numpy as np, torch
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from ..core.loader import one_label
 from ..core.measures import default_k, knn_predict
@@ -28,7 +27,7 @@ def draw_labels(
 # %% ../../nbs/evaluate/01_few_labels.ipynb #f71543c7
 def fit_probe(h, y, C=1., max_iter=1000):
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', ConvergenceWarning) # one sentence instead of one per draw
+        warnings.simplefilter('ignore', UserWarning) # not one per draw; what matters is said below
         probe = LogisticRegression(C=C, max_iter=max_iter, tol=1e-3).fit(h, y)
     if max(probe.n_iter_) >= max_iter: warnings.warn(
         f'a linear probe did not converge in {max_iter} steps; its accuracy may be a little low')
