@@ -450,7 +450,7 @@ def test_what_was_asked_for_arrives(tmp_path, capsys):
     own = ['--set', 'temp=0.2', '--set', 'dim=16', '--no-flip', '--scale', 0.5, 1, '--hue', 0.02, '--turns']
     assert main([str(a) for a in (*args, *own)]) == 0
     said = capsys.readouterr().out
-    for words in ('16x16 pixels, 3 channels', 'would make 0 steps an epoch of 27 samples', 'temp = 0.2, dim = 16', 'hue = 0.02', 'of training, and'): assert words in said
+    for words in ('16x16 pixels, 3 channels', 'would make 1 step an epoch of 27 samples', 'temp = 0.2, dim = 16', 'hue = 0.02', 'of training, and'): assert words in said
     assert said.index('pixels') < said.index('of training, and') < said.index('train_loss')
     cfg = read_config(tmp_path/'run')
     assert cfg['set'] == dict(temp=0.2, dim=16) and cfg['views'] == dict(scale=[0.5, 1.], hue=0.02, flip=0., turns=True) and cfg['batch_size'] == 16

@@ -94,18 +94,19 @@ def what_was_read(
     dls # DataLoaders
 )->str:
     "Samples, size, classes, splits and labels in a line or two"
-    info,xs = dls.info,getattr(dls.train, 'xs', None)
-    shapes = [x.shape[1:] for x in xs] if xs else [(info.channels, info.size, info.size)]
+    info,xs = dls.info,getattr(dls.train, 'xs', ()) # streamed files are images
+    xs = xs or [torch.empty(1, info.channels, info.size, info.size)]
     parts = ', '.join(f'{dl.n} {name}' for name,dl in zip(('train','valid','test'), dls.loaders))
     known = sum(int((torch.as_tensor(one_label(dl.y, info))>=0).sum()) for dl in dls.loaders)
-    labels = [f'{len(c)} classes of {label}' for label,c in info.classes.items()]
-    labels = f'{" and ".join(labels)}, {known} labelled' if labels else 'no labels'
+    labels = ', '.join(f'{len(c)} of {label}' for label,c in info.classes.items())
+    labels = f'classes: {labels}, {known} samples labelled' if labels else 'no labels'
     steps = f'{len(dls.train)} steps an epoch in batches of {dls.train.bs}'
-    line = f'{" and ".join(map(_shape, shapes))}; {labels}; {steps}'
+    line = f'{" and ".join(map(_shape, xs))}; {labels}; {steps}'
     return f'{info.name}: {info.read or parts}{chr(10) if info.read else "; "}{line}'
 
-def _shape(s):
-    if len(s)<2: return f'{s[0]} numbers' if len(s) else 'numbers'
+def _shape(x):
+    s = x.shape[1:]
+    if len(s)<2: return f'{s.numel()} {"numbers" if x.is_floating_point() else "tokens"}'
     c,*frames,h,w = s if len(s)>2 else (1,*s)
     many = f'{frames[0]} frames of ' if frames else ''
     return f'{many}{w}x{h} pixels, {c} channel{"s"*(c>1)}'
@@ -118,12 +119,13 @@ def enough_steps(
 )->list: # What to say about it
     "Smaller batches where an epoch has fewer than eight steps"
     n,bs,steps = dls.train.n,cfg['batch_size'],8
+    now = max(1, n//bs)
     least = max(16, get_method(cfg['method']).min_batch)
     if 'batch_size' not in free or n//bs>=steps or bs<=least: return []
     fit = [2**i for i in range(5, bs.bit_length()) if least<=2**i<bs and n//2**i>=steps]
     new = max(fit, default=least)
     lr = cfg['lr']*(new/bs)**0.5 if 'lr' in free else cfg['lr']
-    said = (f'batches of {bs}, the recipe of {cfg["method"]}, would make {n//bs} step{"s"*(n//bs!=1)} an '
+    said = (f'batches of {bs}, the recipe of {cfg["method"]}, would make {now} step{"s"*(now>1)} an '
             f'epoch of {n} samples; so they are of {new}, with learning rate {lr:.2g} '
             '(--batch-size and --lr set others)')
     cfg.update(batch_size=new, lr=lr)
