@@ -119,13 +119,12 @@ def enough_steps(
 )->list: # What to say about it
     "Smaller batches where an epoch has fewer than eight steps"
     n,bs,steps = dls.train.n,cfg['batch_size'],8
-    now = max(1, n//bs)
     least = max(16, get_method(cfg['method']).min_batch)
     if 'batch_size' not in free or n//bs>=steps or bs<=least: return []
     fit = [2**i for i in range(5, bs.bit_length()) if least<=2**i<bs and n//2**i>=steps]
     new = max(fit, default=least)
     lr = cfg['lr']*(new/bs)**0.5 if 'lr' in free else cfg['lr']
-    said = (f'batches of {bs}, the recipe of {cfg["method"]}, would make {now} step{"s"*(now>1)} an '
+    said = (f'batches of {bs}, the recipe of {cfg["method"]}, would make {n//bs or 1} step{"s"*(n//bs>1)} an '
             f'epoch of {n} samples; so they are of {new}, with learning rate {lr:.2g} '
             '(--batch-size and --lr set others)')
     cfg.update(batch_size=new, lr=lr)
