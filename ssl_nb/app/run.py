@@ -124,8 +124,8 @@ def enough_steps(
     fit = [2**i for i in range(5, bs.bit_length()) if least<=2**i<bs and n//2**i>=steps]
     new = max(fit, default=least)
     lr = cfg['lr']*(new/bs)**0.5 if 'lr' in free else cfg['lr']
-    said = (f'batches of {bs}, the recipe of {cfg["method"]}, would make {n//bs or 1} step{"s"*(n//bs>1)} an '
-            f'epoch of {n} samples; so they are of {new}, with learning rate {lr:.2g} '
+    said = (f'batches of {bs}, the recipe of {cfg["method"]}, would make {n//bs or 1} '
+            f'step{"s"*(n//bs>1)} an epoch of {n} samples; so they are of {new}, with learning rate {lr:.2g} '
             '(--batch-size and --lr set others)')
     cfg.update(batch_size=new, lr=lr)
     dls.loaders = [dl.new(bs=new) for dl in dls.loaders]
