@@ -125,7 +125,8 @@ def enough_steps(
     new = max(fit, default=least)
     lr = cfg['lr']*(new/bs)**0.5 if 'lr' in free else cfg['lr']
     said = (f'batches of {bs}, the recipe of {cfg["method"]}, would make {n//bs or 1} '
-            f'step{"s"*(n//bs>1)} an epoch of {n} samples; so they are of {new}, with learning rate {lr:.2g} '
+            f'step{"s"*(n//bs>1)} an epoch of {n} samples; so they are of '
+            f'{new}, with learning rate {lr:.2g} '
             '(--batch-size and --lr set others)')
     cfg.update(batch_size=new, lr=lr)
     dls.loaders = [dl.new(bs=new) for dl in dls.loaders]
