@@ -109,7 +109,7 @@ def test_every_option_of_the_command_line_is_on_its_page(read):
     from ssl_nb.app.cli import parser
     commands = next(a.choices for a in parser()._actions if a.dest=='command')
     options = {f'{name} {o}' for name,p in commands.items() for a in p._actions for o in a.option_strings if o.startswith('--') and o!='--help'}
-    shown = ''.join(read['app/cli.html'].code)
+    shown = '\n'.join(read['app/cli.html'].code)
     missing = [o for o in options if not re.search(re.escape(o.split()[1]) + r'(?![\w-])', shown.partition('ssl_nb ' + o.split()[0])[2])]
     assert len(options) > 20 and not missing, f'not in the tables of nbs/app/09_cli.ipynb: {missing}; run it again'
 
