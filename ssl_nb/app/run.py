@@ -257,8 +257,10 @@ def _say_stopped(cfg, out):
 
 # %% ../../nbs/app/01_run.ipynb #7a16f602
 def _took(out, dls):
-    "Seconds of training, those before a stop included"
-    return (dls.train.n/pd.read_csv(out/'history.csv')['samples/s'].clip(lower=1)).sum()
+    "Seconds of training, those before a stop included; 0 where history.csv cannot be read"
+    try: rate = pd.read_csv(out/'history.csv')['samples/s']
+    except (OSError, ValueError, KeyError): return 0
+    return (dls.train.n/rate.clip(lower=1)).sum()
 
 def _report_after(out, dls, encoder, supervised):
     "The report of a training that is saved already"
