@@ -1248,6 +1248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ssl_nb.data.reading.load_images': ('data/reading.html#load_images', 'ssl_nb/data/reading.py'),
                                      'ssl_nb.data.reading.why_unreadable': ('data/reading.html#why_unreadable', 'ssl_nb/data/reading.py')},
             'ssl_nb.data.running': { 'ssl_nb.data.running._cut': ('data/running_text.html#_cut', 'ssl_nb/data/running.py'),
+                                     'ssl_nb.data.running._tokenizer': ('data/running_text.html#_tokenizer', 'ssl_nb/data/running.py'),
                                      'ssl_nb.data.running._whole': ('data/running_text.html#_whole', 'ssl_nb/data/running.py'),
                                      'ssl_nb.data.running.letter_tokenizer': ( 'data/running_text.html#letter_tokenizer',
                                                                                'ssl_nb/data/running.py'),

@@ -63,7 +63,12 @@ def _cut(text, share):
     n = round(len(text)*(1-share))
     return text[:n],text[n:]
 
-# %% ../../nbs/data/08_running_text.ipynb #56dcd4ad
+# %% ../../nbs/data/08_running_text.ipynb #06bf0e28
+def _tokenizer(known, text, vocab_size):
+    if isinstance(known, str) and known=='letters': return letter_tokenizer(text)
+    return get_tokenizer(known, text.splitlines(), vocab_size)
+
+# %% ../../nbs/data/08_running_text.ipynb #ed45ab7d
 def running_dls(
     path, # A .txt file, or a folder with train.txt and valid.txt
     tokenizer='letters', # 'letters', None for pieces of words, a `Tokenizer` or its JSON file
@@ -75,8 +80,7 @@ def running_dls(
 ): # `DataLoaders` with `.tokenizer` and `.info`
     "Running text as batches of rows (B,max_len+1) without padding"
     texts = read_running(path, valid)
-    if tokenizer=='letters': tok = letter_tokenizer(texts[0])
-    else: tok = get_tokenizer(tokenizer, texts[0].splitlines(), vocab_size)
+    tok = _tokenizer(tokenizer, texts[0], vocab_size)
     ids = [torch.tensor([i for part in token_ids(tok, [t]) for i in part]) for t in texts]
     gen = torch.Generator().manual_seed(seed)
     starts = rows and torch.randint(len(ids[0])-max_len, (rows,), generator=gen)
