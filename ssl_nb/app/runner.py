@@ -231,7 +231,8 @@ def epoch_seconds(
 def _reference(name, cfg, dls):
     "No training: the input itself, or an encoder with random weights"
     if name=='raw input': return None,{}
-    random = create_encoder(cfg['encoder'], dls.info).to(cfg['device'])
+    own = cfg.get('encoder_args', {})
+    random = create_encoder(cfg['encoder'], dls.info, **own).to(cfg['device'])
     return fit_batchnorm(random, dls.train.new()),{}
 
 def _method(name, cfg, dls):
@@ -242,7 +243,8 @@ def _method(name, cfg, dls):
     dls = rebatch(dls, bs)
     needs = cls.default_encoder # what needs a ViT gets one
     kind = needs or cfg['encoder'] or get_kind(cfg['kind']).default_encoder
-    m = cls.for_data(create_encoder(kind, dls.info), dls, **own).to(cfg['device'])
+    enc = create_encoder(kind, dls.info, **cfg.get('encoder_args', {}))
+    m = cls.for_data(enc, dls, **own).to(cfg['device'])
     lr = (cfg['lr'] or cls.recipe['lr'])*(bs/cls.recipe['batch_size'])**0.5
     return dls,m,dict(encoder=kind, batch_size=bs, lr=lr)
 
