@@ -93,6 +93,26 @@ def test_killed_after_any_epoch(name, tmp_path, no_figure):
     assert rows(whole) == rows(again)
 
 
+class KeepSteps(KeepEach):
+    "A copy of the checkpoint that a kill after a batch would leave"
+    def after_epoch(self): pass
+    def after_batch(self):
+        if self.training and self.checkpoint.path.exists(): shutil.copy(self.checkpoint.path, self.checkpoint.path.with_name(f'{self.epoch}-{self.iter}.pt'))
+
+
+@pytest.mark.parametrize('name, cbs, at', [('simclr', (), '1-0'), ('moco', (), '1-2'), ('mae', (), '0-1'), ('bert', (), '2-1'), ('vae', (GradientAccumulation(20),), '1-0')])
+def test_killed_within_an_epoch(name, cbs, at, tmp_path, no_figure):
+    "The batches that are left come in the same order, with the same random numbers, schedule and sums; also where gradients wait for their step, or only the validation is left"
+    dls, build = tiny(name, batches=3)
+    whole = train(dls, build(), every=1, cbs=[*cbs, Checkpoint(tmp_path/'whole.pt', seconds=1e9, steps=2), KeepSteps()])
+    made = read_state(tmp_path/f'{at}.pt')
+    done = made['epoch']*3 + made['within']['batches']
+    assert done%2==0 and done == int(at[0])*3 + int(at[2]) + 1
+    again = train(dls, build(), every=1, cbs=[*cbs, Checkpoint(tmp_path/f'{at}.pt', resume=True)])
+    assert_same(state(whole.model), state(again.model))
+    assert rows(whole) == rows(again) and 'one_batch' not in vars(again)
+
+
 @pytest.mark.parametrize('name', METHODS)
 def test_looking_changes_nothing(name, no_figure):
     "No tensor, no number, no switch between training and evaluation and no random number is another after a look; between two steps and in validation"

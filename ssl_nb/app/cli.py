@@ -59,6 +59,8 @@ def _folder_args(p):
     p.add_argument('--out', metavar='DIR', help='folder of the run (default: a free one in runs/)')
     p.add_argument('--save-seconds', type=float, default=5.,
                    help='seconds between two checkpoints (default: 5)')
+    p.add_argument('--save-steps', type=int, metavar='N', help='a checkpoint after every N '
+                   'batches, too, where an epoch takes long (default: after epochs only)')
     p.add_argument('--resume', action='store_true', help='go on with the run in --out, as it was '
                    'begun (without --out: the newest of this method on this data in runs/)')
     p.add_argument('--from', dest='start_from', metavar='RUN', help='train further: a new run '
@@ -194,10 +196,10 @@ def method_lines()->list: # As `find_methods` would find them
 # %% ../../nbs/app/09_cli.ipynb #4693df3c
 def _pretrain(a):
     from ssl_nb.app.run import pretrain
-    pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, a.start_from, a.supervised,
-             encoder=a.encoder, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr, size=a.size,
-             device=a.device, seed=a.seed, pretrained=a.pretrained, set=a.set, views=_views(a),
-             range=_range(a.range))
+    pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, a.save_steps, a.start_from,
+             a.supervised, encoder=a.encoder, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr,
+             size=a.size, device=a.device, seed=a.seed, pretrained=a.pretrained, set=a.set,
+             views=_views(a), range=_range(a.range))
 
 def _compare(a):
     from ssl_nb.app.compare import compare_folder

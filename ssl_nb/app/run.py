@@ -195,26 +195,28 @@ def pretrain(
     out=None, # Folder of the run; None finds a free name under runs/
     resume:bool=False, # Go on with the run in `out`, or with the newest one of its kind?
     save_seconds:float=5., # A checkpoint at most this often; one is always written at the end
+    save_steps:int=None, # Within epochs, too, each time so many batches are done
     start_from=None, # Folder of a run whose weights to begin with
     supervised:bool=True, # Rows trained with labels in the report?
     **settings # For `run_config`: encoder, epochs, batch_size, set, views, ...
 )->Path: # The folder
     "Pre-train on a data set, and leave a folder with encoder, report, figures and checkpoint"
-    check_settings(save_seconds=save_seconds, start_from=start_from, supervised=supervised)
-    given = dict(method=method, data=data, **settings)
+    saving,given = (save_seconds,save_steps),dict(method=method, data=data, **settings)
+    check_settings(save_seconds=save_seconds, save_steps=save_steps, start_from=start_from,
+                   supervised=supervised)
     cfg = started_from(start_from, given) if start_from else run_config(**given)
     with workplace(run_folder(out, cfg, resume), 'checkpoint.pt', _ours) as out:
         there = run_folder(out, cfg, resume)/'config.json' # now that nobody else can write there
         old = resume and (is_run(out) or there.exists())
         if old: cfg = resumed(out, cfg, [k for k,v in given.items() if v is not None])
         elif resume: print(f'{out} holds no run to go on with: a new one begins')
-        free = {} if old or start_from else {k for k in ('batch_size','lr') if not settings.get(k)}
-        try: _report_after(out, *_train(cfg, out, save_seconds, free, supervised), supervised)
+        free = {k for k in ('batch_size','lr') if not (old or start_from or settings.get(k))}
+        try: _report_after(out, *_train(cfg, out, saving, free, supervised), supervised)
         except KeyboardInterrupt: _say_stopped(cfg, out); raise
     return out
 
 # %% ../../nbs/app/01_run.ipynb #63ff45aa
-def _train(cfg, out, save_seconds, free, supervised):
+def _train(cfg, out, saving, free, supervised):
     "(dls, encoder) after training, or after the rest of it"
     old,begun = cfg.get('start_from'),(out/'checkpoint.pt').exists()
     dls = run_data(cfg, kept=out if begun else old or cfg['encoder']) # its tokens, too
@@ -228,7 +230,7 @@ def _train(cfg, out, save_seconds, free, supervised):
     get_kind(dls.info.kind).keep(dls, out)
     _save_figure(lambda: show_pretext(m, dls), out/'pretext.png')
     _say(cfg, dls, out, seconds)
-    keep = Checkpoint(out/'checkpoint.pt', begun, save_seconds)
+    keep = Checkpoint(out/'checkpoint.pt', begun, *saving)
     learn = ssl_learner(dls, m, cfg['lr'], cfg['wd'], cfg['seed'], every=max(1, cfg['epochs']//15),
                         path=out/'history.csv', cbs=[*start, keep])
     learn.fit_one_cycle(cfg['epochs'])

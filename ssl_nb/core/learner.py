@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Pretext', 'MethodMetric', 'seed_everything', 'EpochSeed', 'OnlineKNN', 'diagnose', 'explain', 'CollapseMonitor',
            'Throughput', 'NanGuard', 'HistoryLog', 'can_draw', 'progress', 'table_cell', 'table_line', 'TableLines',
-           'EpochBars', 'save_atomic', 'read_state', 'plain', 'loose_buffers', 'Checkpoint', 'decay_groups',
-           'precision_cbs', 'ssl_learner']
+           'EpochBars', 'save_atomic', 'read_state', 'plain', 'loose_buffers', 'Checkpoint', 'random_state',
+           'set_random_state', 'decay_groups', 'precision_cbs', 'ssl_learner']
 
 # %% ../../nbs/core/08_learner.ipynb #e88e9848
 import math, os, random, sys, time, warnings, zipfile
@@ -371,18 +371,20 @@ def _check_fit(path, there, here):
         if a != b: raise ValueError(f'{path} belongs to another method, encoder or data set: '
                                     f'{k} is {a} in the file and {b} here')
 
-# %% ../../nbs/core/08_learner.ipynb #508489ba
+# %% ../../nbs/core/08_learner.ipynb #9d6cd846
 class Checkpoint(Callback):
     "Save everything that training depends on, and go on from there"
     order = 70
     def __init__(self,
         path, # File to write
         resume:bool=False, # Go on from the file if it exists?
-        seconds:float=5. # Write at most this often; the last epoch is always written
-    ): self.path,self.resume,self.seconds = Path(path),resume,seconds
+        seconds:float=5., # Write at most this often; the last epoch is always written
+        steps:int=None # Write within epochs, too, each time so many batches are done
+    ): self.path,self.resume,self.seconds,self.steps = Path(path),resume,seconds,steps
 
     def before_fit(self):
         self.start,self.last,self._logger = 0,time.monotonic(),self.learn.logger
+        self.within = None # where in an epoch to go on
         if self.resume and self.path.exists(): self.load()
 
     def before_epoch(self):
@@ -390,23 +392,74 @@ class Checkpoint(Callback):
         self.learn.logger = self._logger
 
     def after_epoch(self):
-        if self.epoch < self.start: return
-        last = self.epoch==self.n_epoch-1
-        if last or time.monotonic()-self.last >= self.seconds: self.save()
+        due = self.epoch==self.n_epoch-1 or time.monotonic()-self.last >= self.seconds
+        if due and self.epoch >= self.start: self.save()
 
     def after_fit(self): self.learn.logger = self._logger
 
-# %% ../../nbs/core/08_learner.ipynb #db54eeb0
+# %% ../../nbs/core/08_learner.ipynb #af143946
+def random_state()->dict:
+    "Where the random generators of Python, NumPy and PyTorch are"
+    name,keys,*rest = np.random.get_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest],
+                torch=torch.get_rng_state(), cuda=gpus)
+
+def set_random_state(
+    state:dict # From `random_state`
+):
+    "Put the random generators there again"
+    random.setstate(tuple(tuple(o) if isinstance(o, (list,tuple)) else o for o in state['python']))
+    name,keys,*rest = state['numpy']
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
+
+# %% ../../nbs/core/08_learner.ipynb #7d4e7be3
 @patch
-def save(self:Checkpoint):
+def after_batch(self:Checkpoint):
+    done = self.epoch*self.n_iter + self.iter+1
+    if self.training and self.steps and done%self.steps==0: self.save(self.iter+1)
+
+@patch
+def before_train(self:Checkpoint):
+    "Go on within the epoch: let pass what is done; then all is as it was after it"
+    self.after_train()
+    at,self.within = self.within,None
+    if at is None: return
+    one,log,speed = self.learn.one_batch,self.learn.history_log,self.learn.throughput
+    def go_on(i, b):
+        if i>=at['batches']: return one(i, b)
+        if i==at['batches']-1: set_random_state(at['random'])
+    self.learn.one_batch,self.learn.pct_train = go_on,at['pct']
+    log.total,log.seen = at['loss'].to(getattr(self.dls, 'device', None) or 'cpu'),at['seen']
+    speed.n,speed.start = at['seen'],speed.start-at['seconds']
+
+# %% ../../nbs/core/08_learner.ipynb #7c1d2e5f
+@patch
+def after_train(self:Checkpoint): vars(self.learn).pop('one_batch', None)
+
+@patch
+def _place(self:Checkpoint, batches):
+    "Where in the epoch it is"
+    log,took = self.learn.history_log,time.perf_counter()-self.learn.throughput.start
+    return dict(batches=batches, pct=self.pct_train, loss=log.total, seen=log.seen, seconds=took,
+                random=random_state())
+
+# %% ../../nbs/core/08_learner.ipynb #83aa60ff
+@patch
+def save(self:Checkpoint,
+    batches:int=0 # Of this epoch that are done; 0 after its end
+):
     method = self.learn.pretext.method
     model,loose = method.state_dict(),loose_buffers(method)
     if not all(t.isfinite().all() for t in model.values() if t.is_floating_point()):
         raise FloatingPointError(f'weights are no longer finite after epoch {self.epoch}; '
                                  f'{self.path} was not overwritten')
     seeds,opt = self.learn.epoch_seed,plain(self.opt.state_dict())
-    save_atomic(dict(model=model, opt=opt, done=seeds.done, seed=seeds.seed, epoch=self.epoch+1,
-                     n_epoch=self.n_epoch, history=self.learn.history, loose=loose,
+    save_atomic(dict(model=model, opt=opt, done=seeds.done, seed=seeds.seed, n_epoch=self.n_epoch,
+                     epoch=self.epoch + (not batches), history=self.learn.history, loose=loose,
+                     within=self._place(batches) if batches else None,
                      **self._collected()), self.path)
     self.last = time.monotonic()
 
@@ -418,7 +471,7 @@ def _collected(self:Checkpoint):
     return dict(grads={k: g for k,g in grads.items() if g is not None},
                 waiting=waits.count if waits else 0)
 
-# %% ../../nbs/core/08_learner.ipynb #05ce0a9b
+# %% ../../nbs/core/08_learner.ipynb #f51a2fa8
 _parts = 'model','opt','done','seed','epoch','n_epoch','history','loose','grads','waiting'
 
 @patch
@@ -435,8 +488,11 @@ def load(self:Checkpoint):
     self.learn.epoch_seed.done,self.learn.epoch_seed.seed = state['done'],state['seed']
     self.start,self.learn.history = state['epoch'],state['history']
     self._put_back(method, state)
+    self.within = state.get('within') # not in files of earlier versions
     if self._logger is not noop:
-        print(f'going on after epoch {self.start} of {self.n_epoch} ({self.path})', flush=True)
+        more = f' and {self.within["batches"]} batches' if self.within else ''
+        print(f'going on after epoch {self.start} of {self.n_epoch}{more} ({self.path})',
+              flush=True)
     self.learn.logger = noop # no empty rows for the epochs that are done
 
 # %% ../../nbs/core/08_learner.ipynb #912adacc
