@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['generate']
 
-# %% ../../nbs/app/07_generate.ipynb #2b615873
+# %% ../../nbs/app/07_generate.ipynb #f52c7cde
 from pathlib import Path
-import torch
 from tokenizers import Tokenizer
 from .checks import pick_device
 from .run import load_run
 from ..core.learner import seed_everything
-from ..data.text import CLS, decode, kept_tokenizer
+from ..data.text import decode, kept_tokenizer
+from ..masked.left_to_right import prompt_ids
 
-# %% ../../nbs/app/07_generate.ipynb #1c7f6a2e
+# %% ../../nbs/app/07_generate.ipynb #adf68065
 def generate(
     run, # Folder of a finished run
     prompt:str='', # Text to go on with; without one it begins a text of its own
     n:int=60, # New tokens
-    temp:float=0.8, top_k:int=None, top_p:float=None, # See the page of GPT
+    temp:float=0.8, top_k:int=None, top_p:float=None, # See `next_probs`
     seed:int=0,
     device=None
 )->str: # The prompt and what follows
@@ -27,9 +27,9 @@ def generate(
     if n<1: raise ValueError(f'n={n}: ask for at least one token')
     (cfg,enc),device = load_run(run),pick_device(device)
     if not hasattr(enc, 'generate'): raise ValueError(f'{run} is a run of {cfg["method"]}, which '
-        'cannot write; GPT can: ssl_nb pretrain gpt')
+        'cannot write; GPT and LLaMA can: ssl_nb pretrain gpt')
     tokenizer = Tokenizer.from_file(str(kept_tokenizer(Path(run).expanduser())))
+    ids = prompt_ids(tokenizer, prompt).to(device)
     seed_everything(seed)
-    ids = [CLS, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    new = enc.to(device).generate(torch.tensor([ids], device=device), n, temp, top_k, top_p)
+    new = enc.to(device).generate(ids, n, temp, top_k, top_p)
     return decode(tokenizer, new[0])

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from ..core.loader import DataInfo, make_dls
 from .tables import text_encoding
-from .text import SPECIALS, get_tokenizer, token_ids
+from .text import SPECIALS, UNK, get_tokenizer, token_ids
 
 # %% ../../nbs/data/08_running_text.ipynb #050839c3
 def pack(
@@ -82,8 +82,10 @@ def running_dls(
     texts = read_running(path, valid)
     tok = _tokenizer(tokenizer, texts[0], vocab_size)
     ids = [torch.tensor([i for part in token_ids(tok, [t]) for i in part]) for t in texts]
+    if any((i==UNK).all() for i in ids): raise ValueError(f'{path}: a part of it holds no token '
+        'that the tokenizer knows; leave the tokenizer out to make one of this text')
     gen = torch.Generator().manual_seed(seed)
-    starts = rows and torch.randint(len(ids[0])-max_len, (rows,), generator=gen)
+    starts = rows and torch.randint(max(1, len(ids[0])-max_len), (rows,), generator=gen)
     parts = [((pack(i, max_len, s).int(),), None) for i,s in zip(ids, (starts, None))]
     n = [len(p[0][0]) for p in parts]
     read = (f'{len(texts[0]):,} letters to train, {len(texts[1]):,} to validate; '
