@@ -33,6 +33,7 @@ def drawn(*shape, dtype=None, **kwargs):
 z, y = r(32,16), ints(5, 32)
 images,near,steps = p(4,3,8,8),r(200,3),r(40,6,3)
 EXAMPLES = {
+    'core.heads': dict(sinkhorn=[r(32,8)/4], koleo=[z]),
     'core.measures': dict(
         feature_std=[z], rankme=[z], alignment=[z, spoil(z)], uniformity=[z], frechet_distance=[z, r(40,16)],
         knn_predict=[r(60,4), ints(3, 60), r(200,4), 20, 0.05], nearest_ids=[r(200,3), torch.arange(100)]),
@@ -52,10 +53,11 @@ EXAMPLES = {
     'contrastive.lejepa': dict(epps_pulley=[r(32,5)], sigreg=[z], lejepa_loss=[[z, spoil(z)]]),
     'contrastive.deepcluster': dict(deepcluster_loss=[z, y, r(5,16), 0.1], unit=[z], spherical_kmeans=[r(200,4), r(9,4)]),
     'contrastive.swav': dict(
-        sinkhorn=[r(32,8)/4], prototype_scores=[z, r(8,16)], swav_loss=[z, spoil(z), r(8,16), [spoil(z)]], used=[r(200,8)]),
+        prototype_scores=[z, r(8,16)], swav_loss=[z, spoil(z), r(8,16), [spoil(z)]], used=[r(200,8)]),
     'contrastive.dino': dict(
-        teacher_probs=[r(2,32,8)/4, r(8)/4], cross_entropy=[r(2,32,8).softmax(2), r(3,32,8)], koleo=[z],
+        teacher_probs=[r(2,32,8)/4, r(8)/4], cross_entropy=[r(2,32,8).softmax(2), r(3,32,8)],
         dino_loss=[[r(32,8), r(32,8), r(32,8)], [r(32,8)/4, r(32,8)/4], r(8)/4]),
+    'contrastive.simcse': dict(simcse_loss=[z, spoil(z), 0.1]),
     'contrastive.clip': dict(clip_loss=[z, spoil(z), 10.], siglip_loss=[z, spoil(z), 10., -10.]),
     'autoencoders.autoencoder': dict(squared_error=[images, spoil(images)], kl_sparsity=[p(32,8)/4], pca=[z, 3]),
     'autoencoders.denoising': dict(denoising_loss=[images, spoil(images), p(4,3,8,8)<0.3, 0.7, 0.3]),
@@ -68,8 +70,12 @@ EXAMPLES = {
         vq_loss=[images, spoil(images), r(4,5,8), r(4,5,8)], assign=[r(200,2), r(150,2)], perplexity=[ints(9, 200), 9]),
     'autoencoders.gan': dict(gan_loss=[r(30), r(31)], generator_loss=[r(30)]),
     'autoencoders.bigan': dict(bigan_loss=[r(30), r(31)], rebalance=[r(30), r(31)]),
+    'masked.next_patch': dict(next_patch_loss=[r(4,8,12), r(4,8,12), torch.tensor([1,2,5,8])]),
     'masked.mae': dict(mae_loss=[r(4,9,12), r(4,9,12), torch.tensor([[0,2,5]]*4)]),
     'masked.bert': dict(mlm_loss=[r(4,6,20), ints(20, 4, 6)]),
+    'masked.words': dict(mlm_loss=[r(4,6,20), ints(20, 4, 6)]),
+    'masked.left_to_right': dict(next_token_loss=[r(40,20), ints(20, 40)]),
+    'masked.llama': dict(rms_norm=[r(40,16), r(16)]),
     'pretext.rotation': dict(rotation_loss=[r(32,4), ints(4, 32)]),
     'pretext.jigsaw': dict(jigsaw_loss=[r(32,24), ints(24, 32)]),
     'pretext.relative_patch': dict(relative_patch_loss=[r(32,8), ints(8, 32)]),

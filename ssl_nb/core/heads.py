@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mlp', 'decoder_steps', 'Decoder', 'full_precision', 'in_full_precision', 'check_inputs', 'reverse_gradient',
-           'ema_copy', 'ema_update', 'cosine_momentum']
+           'Directions', 'sinkhorn', 'koleo', 'ema_copy', 'ema_update', 'cosine_momentum']
 
 # %% ../../nbs/core/06_heads.ipynb #6605102d
 import copy, functools, math, numbers
@@ -131,6 +131,41 @@ def reverse_gradient(
 ): # The same values
     "Identity whose gradient is multiplied by `-scale` (Ganin and Lempitsky 2015, sec. 3.2)"
     return _Reverse.apply(x, scale)
+
+# %% ../../nbs/core/06_heads.ipynb #e3177083
+class Directions(nn.Linear):
+    "Cosines of the input with the rows of the weight: weight normalisation on a unit bottleneck"
+    def forward(self,
+        z # (N,D)
+    ): # (N,K) in [-1,1]
+        with torch.autocast(z.device.type, enabled=False): # temperature 0.04 magnifies rounding
+            z = F.normalize(z.to(self.weight.dtype), dim=1)
+            return F.linear(z, F.normalize(self.weight, dim=1))
+
+# %% ../../nbs/core/06_heads.ipynb #292a143f
+@torch.no_grad()
+@in_full_precision
+def sinkhorn(
+    scores, # (N,K) scores of the samples for the classes
+    eps:float=0.05, # Softness of the codes; this and `iters` are the defaults of SwAV's authors
+    iters:int=3 # Rounds; 0 leaves out the equal partition and is a plain softmax
+): # (N,K) codes; each row sums to 1, each column approaches N/K with more rounds
+    "Split the samples among groups of equal size (Caron et al. 2020, eq. 3 to 5), without gradient"
+    check_inputs(eps=eps)
+    log_q = scores/eps
+    for _ in range(iters): log_q = (log_q - log_q.logsumexp(0, keepdim=True)).log_softmax(1)
+    return log_q.softmax(1)
+
+# %% ../../nbs/core/06_heads.ipynb #30f461db
+@in_full_precision
+def koleo(
+    z, # (N,D) features, not normalised
+    eps:float=1e-8 # Added to differences and distances, as in the authors' code
+): # Scalar
+    "Push each sample away from its nearest neighbour in the batch (Oquab et al. 2023)"
+    z = F.normalize(z, dim=1, eps=eps)
+    near = (z.detach() @ z.detach().T).fill_diagonal_(-2).argmax(1)
+    return -(F.pairwise_distance(z, z[near], eps=eps) + eps).log().mean()
 
 # %% ../../nbs/core/06_heads.ipynb #de994e76
 def ema_copy(
