@@ -539,7 +539,8 @@ def ssl_learner(
     "A fastai `Learner` that trains a self-supervised method with AdamW and watches its features"
     recipe,glue = method.recipe,Pretext(method)
     device = getattr(dls, 'device', None) or getattr(dls.train, 'device', None) or 'cpu'
-    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused='cuda' in str(device)))
+    adam = dict(fused='cuda' in str(device), betas=(0.9, recipe.get('beta2', 0.999)))
+    opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, **adam))
     watch = [CollapseMonitor(every=every), OnlineKNN(every=every)] if every else []
     wd = recipe['wd'] if wd is None else wd
     wd = [wd if g[0].ndim>1 else 0. for g in decay_groups(method)]
