@@ -68,6 +68,13 @@ def _tokenizer(known, text, vocab_size):
     if isinstance(known, str) and known=='letters': return letter_tokenizer(text)
     return get_tokenizer(known, text.splitlines(), vocab_size)
 
+def _ids(tok, text, path):
+    "A text as one ribbon of tokens"
+    ids = torch.tensor([i for part in token_ids(tok, [text]) for i in part])
+    if (ids!=UNK).any(): return ids
+    raise ValueError(f'{path}: a part of it holds no token that the tokenizer knows; leave the '
+                     'tokenizer out to make one of this text')
+
 # %% ../../nbs/data/08_running_text.ipynb #ed45ab7d
 def running_dls(
     path, # A .txt file, or a folder with train.txt and valid.txt
@@ -81,9 +88,7 @@ def running_dls(
     "Running text as batches of rows (B,max_len+1) without padding"
     texts = read_running(path, valid)
     tok = _tokenizer(tokenizer, texts[0], vocab_size)
-    ids = [torch.tensor([i for part in token_ids(tok, [t]) for i in part]) for t in texts]
-    if any((i==UNK).all() for i in ids): raise ValueError(f'{path}: a part of it holds no token '
-        'that the tokenizer knows; leave the tokenizer out to make one of this text')
+    ids = [_ids(tok, t, path) for t in texts]
     gen = torch.Generator().manual_seed(seed)
     starts = rows and torch.randint(max(1, len(ids[0])-max_len), (rows,), generator=gen)
     parts = [((pack(i, max_len, s).int(),), None) for i,s in zip(ids, (starts, None))]

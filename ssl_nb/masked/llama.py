@@ -58,12 +58,19 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
     def forward(self, x): return self.down(F.silu(self.gate(x))*self.up(x))
 
-# %% ../../nbs/masked/14_llama.ipynb #7d612ff9
+# %% ../../nbs/masked/14_llama.ipynb #98ee3f32
+def _check_heads(dim, heads, kv_heads):
+    if dim%heads or dim//heads%2: raise ValueError(f'dim={dim} and heads={heads}: each head needs '
+                                                   'an even number of features')
+    if heads%kv_heads: raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
+
+# %% ../../nbs/masked/14_llama.ipynb #14ad9d9b
 class GroupedAttention(nn.Module):
     "Causal attention; several heads of queries share one of keys and values"
     def __init__(self, dim:int, heads:int, kv_heads:int, turn:bool=True, base:float=10000.,
                  bias:bool=False):
         super().__init__()
+        _check_heads(dim, heads, kv_heads)
         self.heads,self.kv_heads,self.turn,self.base = heads,kv_heads,turn,base
         self.q,self.out = [nn.Linear(dim, dim, bias=bias) for _ in range(2)]
         self.k,self.v = [nn.Linear(dim, dim*kv_heads//heads, bias=bias) for _ in range(2)]
@@ -92,18 +99,13 @@ class LlamaBlock(nn.Module):
         x = x+self.drop(h)
         return x+self.drop(self.mlp(self.norm2(x))),past
 
-# %% ../../nbs/masked/14_llama.ipynb #65e3a29e
+# %% ../../nbs/masked/14_llama.ipynb #700caec8
 def _mlp(dim, hidden, swiglu, bias):
     if swiglu: return SwiGLU(dim, hidden)
     return nn.Sequential(nn.Linear(dim, hidden, bias=bias), nn.GELU('tanh'),
                          nn.Linear(hidden, dim, bias=bias))
 
-def _check_heads(dim, heads, kv_heads):
-    if dim%heads or dim//heads%2: raise ValueError(f'dim={dim} and heads={heads}: each head needs '
-                                                   'an even number of features')
-    if heads%kv_heads: raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
-
-# %% ../../nbs/masked/14_llama.ipynb #e7b4efa8
+# %% ../../nbs/masked/14_llama.ipynb #e94320b3
 class LlamaEncoder(CausalEncoder):
     "A causal transformer for tokens (B,L), 0 = padding, as in LLaMA"
     def __init__(self,
@@ -119,13 +121,12 @@ class LlamaEncoder(CausalEncoder):
     ):
         super().__init__(vocab_size, max_len, dim)
         self.args = {k: v for k,v in locals().items() if k not in ('self','__class__')}
-        _check_heads(dim, heads, kv_heads)
         hidden = hidden or (round(8*dim/3) if swiglu else 4*dim)
         self.positions = None if rotary else nn.Parameter(torch.empty(max_len, dim))
         norm = (lambda: RMSNorm(dim, eps)) if rms else (lambda: nn.LayerNorm(dim))
+        attention = lambda: GroupedAttention(dim, heads, kv_heads, rotary, base, bias)
         self.blocks = nn.ModuleList(LlamaBlock(
-            GroupedAttention(dim, heads, kv_heads, rotary, base, bias),
-            _mlp(dim, hidden, swiglu, bias), norm, drop) for _ in range(depth))
+            attention(), _mlp(dim, hidden, swiglu, bias), norm, drop) for _ in range(depth))
         self.norm,self.drop = norm(),nn.Dropout(drop)
         self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
