@@ -25,7 +25,7 @@ def mlm_loss(
     total = F.cross_entropy(logits.flatten(0,1), targets.flatten(), reduction='sum') # skips -100
     return total/(targets!=-100).sum().clamp(min=1)
 
-# %% ../../nbs/masked/00_words.ipynb #4e0e5ddd
+# %% ../../nbs/masked/00_words.ipynb #2a8d4878
 def corrupt(
     tokens, # (B,L) long
     mask, # (B,L) bool, the chosen positions
@@ -35,15 +35,15 @@ def corrupt(
     generator=None # Of the same device; None for torch's own
 ): # (B,L) long
     "Put `[MASK]`, a random token, or nothing new at the chosen positions"
-    if min(shares)<0 or sum(shares)>1: raise ValueError(f'shares={tuple(shares)}: two shares of the '
-        'chosen tokens, [MASK] and random, at least 0 and at most 1 together')
+    if min(shares)<0 or sum(shares)>1: raise ValueError(f'shares={tuple(shares)}: of the chosen '
+        'tokens, [MASK] and random ones, each at least 0, and at most 1 together')
     same = dict(device=tokens.device, generator=generator)
     u = torch.rand(tokens.shape, **same)
     other = torch.randint(len(SPECIALS), vocab_size, tokens.shape, **same)
     new = torch.where(u<shares[0], mask_id, torch.where(u<sum(shares), other, tokens))
     return torch.where(mask, new, tokens)
 
-# %% ../../nbs/masked/00_words.ipynb #57498206
+# %% ../../nbs/masked/00_words.ipynb #92ae4ab8
 NEVER = (UNK,CLS,SEP,MASK) # Tokens that are never hidden, beside padding
 
 def check_share(
@@ -51,8 +51,9 @@ def check_share(
     name:str='p' # The argument that it came from
 ):
     "`ValueError` where a mask would hide nothing or everything"
-    if not 0<p<1: raise ValueError(f'{name}={p} hides {"nothing" if p<=0 else "everything"}; take a '
-                                   'share of the words above 0 and below 1, such as 0.15')
+    if 0<p<1: return
+    raise ValueError(f'{name}={p} hides {"nothing" if p<=0 else "everything"}; '
+                     'take a share of the words above 0 and below 1, such as 0.15')
 
 # %% ../../nbs/masked/00_words.ipynb #5ab325bf
 def mask_tokens(
@@ -100,7 +101,7 @@ class WordHead(nn.Module):
     ): # (B,K,V)
         return F.linear(self.net(h), embedding, self.bias)
 
-# %% ../../nbs/masked/00_words.ipynb #c5e1f217
+# %% ../../nbs/masked/00_words.ipynb #cf63afff
 def token_embedding(
     encoder, # Of text
     who:str # The method that asks
@@ -120,6 +121,7 @@ def token_counts(
     counts[:len(SPECIALS)] = 0
     return counts
 
+# %% ../../nbs/masked/00_words.ipynb #ae4f725d
 def in_words(
     tokenizer, # Or None
     row # (L,) long
