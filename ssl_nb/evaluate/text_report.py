@@ -6,13 +6,14 @@
 __all__ = ['logits_of', 'looks_ahead', 'asked_bytes', 'next_token_score', 'unigram', 'bigram', 'count_words', 'label_scores',
            'standardised', 'ranks', 'spearman', 'sts_score', 'text_report']
 
-# %% ../../nbs/evaluate/06_text_report.ipynb #7cd93b8f
+# %% ../../nbs/evaluate/06_text_report.ipynb #8ab2f08d
 import math
 from functools import partial
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
-from scipy.sparse import coo_matrix
+from scipy.sparse import coo_matrix, issparse
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 from ..core.measures import encode
 from ..data.text import MASK, PAD, decode
@@ -142,7 +143,12 @@ def count_words(
                                              f'of them; give more texts ({e})') from e
     return (a,b) if tfidf else tuple(normalize(m.astype(float).log1p()) for m in (a,b))
 
-# %% ../../nbs/evaluate/06_text_report.ipynb #d864908b
+# %% ../../nbs/evaluate/06_text_report.ipynb #c904ee69
+def _fit(h, y, C):
+    if not issparse(h): return fit_probe(h, y, C)
+    return LogisticRegression(C=C, max_iter=1000, tol=1e-6).fit(h, y)
+
+# %% ../../nbs/evaluate/06_text_report.ipynb #28660cb4
 def label_scores(
     h, y, # Features of the training texts (N,D), also sparse ones, and labels (N,); -1 unknown
     th, ty, # Of the texts that are asked about
@@ -153,7 +159,7 @@ def label_scores(
     y,ty = torch.as_tensor(y),np.asarray(ty)
     out = {n: [] for n in labels}
     for (n,_),i in label_draws(y, labels, draws, seed).items():
-        right = fit_probe(h[i.numpy()], y[i].numpy(), C).predict(th)==ty
+        right = _fit(h[i.numpy()], y[i].numpy(), C).predict(th)==ty
         out[n].append(float(100*right[ty>=0].mean()))
     return out
 
