@@ -35,7 +35,7 @@ images,near,steps = p(4,3,8,8),r(200,3),r(40,6,3)
 EXAMPLES = {
     'core.heads': dict(sinkhorn=[r(32,8)/4], koleo=[z]),
     'core.measures': dict(
-        feature_std=[z], rankme=[z], alignment=[z, spoil(z)], uniformity=[z], frechet_distance=[z, r(40,16)],
+        feature_std=[z], rankme=[z], alignment=[z, spoil(z)], uniformity=[z], epps_pulley=[r(32,5)], sigreg=[z], frechet_distance=[z, r(40,16)],
         knn_predict=[r(60,4), ints(3, 60), r(200,4), 20, 0.05], nearest_ids=[r(200,3), torch.arange(100)]),
     'contrastive.infonce': dict(
         log_sum_exp=[r(20,16)/4, r(30,16)/4, 0.1], info_nce=[z, spoil(z), r(50,16), 0.1], positive_accuracy=[near, spoil(near)]),
@@ -50,7 +50,7 @@ EXAMPLES = {
     'contrastive.barlow': dict(cross_correlation=[z, spoil(z)], barlow_loss=[z, spoil(z)]),
     'contrastive.vicreg': dict(vicreg_terms=[z/2, spoil(z)/2], vicreg_loss=[z/2, spoil(z)/2]),
     'contrastive.wmse': dict(whiten=[z], wmse_loss=[z, spoil(z)]),
-    'contrastive.lejepa': dict(epps_pulley=[r(32,5)], sigreg=[z], lejepa_loss=[[z, spoil(z)]]),
+    'contrastive.lejepa': dict(lejepa_loss=[[z, spoil(z)]]),
     'contrastive.deepcluster': dict(deepcluster_loss=[z, y, r(5,16), 0.1], unit=[z], spherical_kmeans=[r(200,4), r(9,4)]),
     'contrastive.swav': dict(
         prototype_scores=[z, r(8,16)], swav_loss=[z, spoil(z), r(8,16), [spoil(z)]], used=[r(200,8)]),
@@ -82,6 +82,7 @@ EXAMPLES = {
     'masked.words': dict(mlm_loss=[r(4,6,20), ints(20, 4, 6)]),
     'masked.left_to_right': dict(next_token_loss=[r(40,20), ints(20, 40)]),
     'masked.llama': dict(rms_norm=[r(40,16), r(16)]),
+    'masked.lewm': dict(lewm_loss=[r(32,3,5), r(32,4,5)]),
     'pretext.rotation': dict(rotation_loss=[r(32,4), ints(4, 32)]),
     'pretext.jigsaw': dict(jigsaw_loss=[r(32,24), ints(24, 32)]),
     'pretext.relative_patch': dict(relative_patch_loss=[r(32,8), ints(8, 32)]),
