@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fed', 'encode', 'feature_std', 'rankme', 'alignment', 'uniformity', 'knn_predict', 'default_k', 'nearest_ids',
-           'frechet_distance']
+           'frechet_distance', 'epps_pulley', 'sigreg']
 
 # %% ../../nbs/core/07_measures.ipynb #bb57947a
 import torch
@@ -135,3 +135,30 @@ def frechet_distance(
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     apart = (h1.mean(0)-h2.mean(0)).pow(2).sum()
     return (apart + c1.trace() + c2.trace() - 2*cross).clamp(min=0).to(dtype)
+
+# %% ../../nbs/core/07_measures.ipynb #dfede5bc
+@in_full_precision
+def epps_pulley(
+    x, # (...,N,M) N numbers in each of M columns
+    knots:int=17, # Points of the quadrature
+    t_max:float=3. # The integral goes from -t_max to t_max
+): # (...,M) one value per column
+    "Distance of each column from a standard normal sample (Balestriero and LeCun 2025, sec. 4.2.3)"
+    t = torch.linspace(0, t_max, knots, device=x.device, dtype=x.dtype)
+    phi = torch.exp(-t**2/2)
+    angle = x.unsqueeze(-1)*t # (...,N,M,knots)
+    gap = (angle.cos().mean(-3)-phi)**2 + angle.sin().mean(-3)**2 # (...,M,knots)
+    return x.shape[-2]*2*torch.trapezoid(gap*phi, t)
+
+# %% ../../nbs/core/07_measures.ipynb #41a90bf5
+@in_full_precision
+def sigreg(
+    z, # (...,N,D) vectors, not normalised; the mean is taken over leading axes, such as views
+    slices:int=256, # Random directions |A| (released minimal code, algorithm 1; sec. 6.1: 1024)
+    knots:int=17, # Points of the quadrature (sec. 6.1)
+    t_max:float=3., # The integral goes from -t_max to t_max
+    generator=None # Random generator for the directions; by default the device's
+): # Scalar
+    "Epps-Pulley in random directions: SIGReg (Balestriero and LeCun 2025, sec. 4.2)"
+    a = torch.randn(z.shape[-1], slices, device=z.device, dtype=z.dtype, generator=generator)
+    return epps_pulley(z @ F.normalize(a, dim=0), knots, t_max).mean()
