@@ -187,7 +187,7 @@ def parser():
     add('--folder', 'where the results go', default=here)
     return p
 
-# %% ../../nbs/benchmarks/07_masked.ipynb #d591a5c4
+# %% ../../nbs/benchmarks/07_masked.ipynb #51681e05
 def main(
     args=None # List of str; by default those of the process
 ):
@@ -206,7 +206,7 @@ def main(
         for r in done[-1]['runs']:
             if 'error' in r: print(f'{r["method"]}, seed {r["seed"]}: {r["error"]}')
         print(masked_table(done[-1:]).to_string(), file, sep='\n\n')
-    print(outlook(done).to_string())
+    if len(done)>1: print(outlook(done).to_string())
 
 # %% ../../nbs/benchmarks/07_masked.ipynb #59c8ab4e
 _program = getattr(globals().get('__spec__'), 'name', '')=='ssl_nb.benchmarks.masked'
