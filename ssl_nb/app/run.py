@@ -194,8 +194,7 @@ def pretrain(
     data=None, # Name of a built-in set, or a path; None takes what comes with the library
     out=None, # Folder of the run; None finds a free name under runs/
     resume:bool=False, # Go on with the run in `out`, or with the newest one of its kind?
-    save_seconds:float=5., # A checkpoint at most this often; one is always written at the end
-    save_steps:int=None, # Within epochs, too, each time so many batches are done
+    save_seconds:float=5., save_steps:int=None, # Checkpoints at most this often; and within epochs
     start_from=None, # Folder of a run whose weights to begin with
     supervised:bool=True, # Rows trained with labels in the report?
     **settings # For `run_config`: encoder, epochs, batch_size, set, views, ...
