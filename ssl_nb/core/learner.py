@@ -542,8 +542,7 @@ def ssl_learner(
     adam = dict(fused='cuda' in str(device), betas=(0.9, recipe.get('beta2', 0.999)))
     opt = partial(OptimWrapper, opt=partial(torch.optim.AdamW, **adam))
     watch = [CollapseMonitor(every=every), OnlineKNN(every=every)] if every else []
-    wd = recipe['wd'] if wd is None else wd
-    wd = [wd if g[0].ndim>1 else 0. for g in decay_groups(method)]
+    wd = [(recipe['wd'] if wd is None else wd)*(g[0].ndim>1) for g in decay_groups(method)]
     kwargs = {k: recipe[k] for k in ('moms',) if k in recipe} | kwargs
     own = [glue, EpochSeed(seed), Throughput(), NanGuard(), HistoryLog(path), *watch]
     cbs = [*own, *precision_cbs(device), *(cbs or [])]

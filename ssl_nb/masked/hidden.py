@@ -108,7 +108,7 @@ def plain_vit(
     raise ValueError(f'{method} would hide {what}: {name} cuts an image into {n}, of {p} px, and '
                      f'the ratio is {ratio}; take smaller patches or a {other} ratio')
 
-# %% ../../nbs/masked/00_hidden.ipynb #9f8c3991
+# %% ../../nbs/masked/00_hidden.ipynb #e0df834d
 class Predictor(nn.Module):
     "A narrow transformer that predicts at hidden places from the tokens of the kept ones"
     def __init__(self,
@@ -128,17 +128,19 @@ class Predictor(nn.Module):
                                              for _ in range(depth)]))
         self.head = xavier(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim_out)))
 
-    def forward(self,
-        h, # (B,prefix+K,dim_in) tokens of the encoder, those of no place first
-        keep, # (B,K) their places
-        at=None # (B,M) places to predict; None for all N, the kept ones too
-    ): # (B,M,dim_out), or (B,N,dim_out)
-        z,N,K = self.embed(h),len(self.pos),keep.shape[1]
-        prefix,z = z[:,:-K],z[:,-K:]
-        if at is None: z = scatter_tokens(z, keep, N, self.mask_token) + self.pos
-        else: z = torch.cat([z + self.pos[keep], self.mask_token + self.pos[at]], 1)
-        z = self.blocks(torch.cat([prefix, z], 1))
-        return self.head(z[:,-(N if at is None else at.shape[1]):])
+# %% ../../nbs/masked/00_hidden.ipynb #099509b2
+@patch
+def forward(self:Predictor,
+    h, # (B,prefix+K,dim_in) tokens of the encoder, those of no place first
+    keep, # (B,K) their places
+    at=None # (B,M) places to predict; None for all N, the kept ones too
+): # (B,M,dim_out), or (B,N,dim_out)
+    z,N,K = self.embed(h),len(self.pos),keep.shape[1]
+    prefix,z = z[:,:-K],z[:,-K:]
+    if at is None: z = scatter_tokens(z, keep, N, self.mask_token) + self.pos
+    else: z = torch.cat([z + self.pos[keep], self.mask_token + self.pos[at]], 1)
+    z = self.blocks(torch.cat([prefix, z], 1))
+    return self.head(z[:,-(N if at is None else at.shape[1]):])
 
 # %% ../../nbs/masked/00_hidden.ipynb #98d73405
 def masked_tokens(
