@@ -252,7 +252,7 @@ def test_a_wrong_argument_is_named():
 def test_mae_with_nothing_to_hide():
     for kwargs in (dict(patch_size=8), dict(patch_size=16, img_size=16)):
         enc = create_encoder('small_vit', of_size(kwargs.get('img_size', 8)), **kwargs)
-        with pytest.raises(ValueError, match='MAE would hide no patch: small_vit cuts an image into 1, of .* larger images'): MAE(enc)
+        with pytest.raises(ValueError, match='MAE would hide every patch: small_vit cuts an image into 1, of .* larger images'): MAE(enc)
     enc = create_encoder('small_vit', of_size(8)) # 16 patches
     with pytest.raises(ValueError, match='into 16, of 2 px, and the ratio is 0.01'): MAE(enc, ratio=0.01)
     m = MAE(create_encoder('small_vit', of_size(2)))

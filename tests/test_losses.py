@@ -105,7 +105,7 @@ DISCRETE = {'core.measures.knn_predict', 'core.measures.nearest_ids', 'contrasti
 CHOOSE = {'contrastive.nnclr.nnclr_loss': 0, 'contrastive.nnclr.nearest_in_support': 1, 'contrastive.deepcluster.spherical_kmeans': 1,
     'autoencoders.contractive.jacobian_norm': 0}
 # called by losses, and none themselves
-NO_LOSS = {'core.measures.encode', 'core.measures.fed', 'core.measures.default_k', 'core.heads.full_precision', 'core.heads.reverse_gradient', 'pretext.inpainting.hole_weights'}
+NO_LOSS = {'core.masks.gather_tokens', 'core.measures.encode', 'core.measures.fed', 'core.measures.default_k', 'core.heads.full_precision', 'core.heads.reverse_gradient', 'pretext.inpainting.hole_weights'}
 
 
 def exported():
