@@ -44,7 +44,8 @@ def masked_table(
     "Accuracies over the seeds, what training added to the start, and the recipe"
     runs = runs_table(results[-1:])
     g = runs.groupby('method')
-    def cell(c): return [f'{m:.1f} ± {s:.1f}' for m,s in zip(g[c].mean(), g[c].std().fillna(0))]
+    def cell(c): return [f'{m:.1f}' + (f' ± {s:.1f}' if s==s else '')
+                         for m,s in zip(g[c].mean(), g[c].std())]
     t = pd.DataFrame({'probe 10': cell('probe 10'), 'k-NN 10': cell('knn 10')}, list(g.groups))
     probe = g['probe 10'].mean()
     t['gain'] = (probe-probe.get('random encoder', np.nan)).round(1)
