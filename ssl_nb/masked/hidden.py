@@ -105,8 +105,9 @@ def plain_vit(
     n,p = vit.patch_embed.num_patches,vit.patch_embed.patch_size[0]
     if ratio is None or 0<round(n*ratio)<n: return init_vit(vit, pos_std)
     what,other = ('no patch','higher') if ratio<0.5 else ('every patch','lower')
-    raise ValueError(f'{method} would hide {what}: {name} cuts an image into {n}, of {p} px, and the '
-                     f'ratio is {ratio}; take smaller patches, larger images or a {other} ratio')
+    raise ValueError(
+        f'{method} would hide {what}: {name} cuts an image into {n}, of {p} px, and the ratio is '
+        f'{ratio}; take smaller patches, larger images or a {other} ratio')
 
 # %% ../../nbs/masked/00_hidden.ipynb #e0df834d
 class Predictor(nn.Module):
