@@ -1836,6 +1836,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ssl_nb.masked.hidden.Predictor.forward': ( 'masked/hidden.html#predictor.forward',
                                                                                   'ssl_nb/masked/hidden.py'),
                                       'ssl_nb.masked.hidden.blockwise_ids': ('masked/hidden.html#blockwise_ids', 'ssl_nb/masked/hidden.py'),
+                                      'ssl_nb.masked.hidden.crop_views': ('masked/hidden.html#crop_views', 'ssl_nb/masked/hidden.py'),
                                       'ssl_nb.masked.hidden.grey': ('masked/hidden.html#grey', 'ssl_nb/masked/hidden.py'),
                                       'ssl_nb.masked.hidden.init_vit': ('masked/hidden.html#init_vit', 'ssl_nb/masked/hidden.py'),
                                       'ssl_nb.masked.hidden.masked_tokens': ('masked/hidden.html#masked_tokens', 'ssl_nb/masked/hidden.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'grey', 'blockwise_ids', 'xavier', 'init_vit', 'plain_vit', 'Predictor', 'masked_tokens',
-           'place_head', 'mixed', 'MaskedImages']
+           'place_head', 'mixed', 'MaskedImages', 'crop_views']
 
 # %% ../../nbs/masked/00_hidden.ipynb #275bca3f
 import math
@@ -225,10 +225,14 @@ def viewed(self:MaskedImages, x):
     return self.views(x) if self.views is not None and self.training else x
 
 # %% ../../nbs/masked/00_hidden.ipynb #686bfe50
+def crop_views(
+    info # `dls.info` of images
+): # Random views, or None for images that may not be cropped or have at most 16 pixels a side
+    "Crops and flips without change of colour"
+    if info.size<=16 or 'affine' in info.views: return None
+    return image_views(info.size, flip=info.views.get('flip', 0.5), jitter=0., grey=0.)
+
 @patch(cls_method=True)
 def for_data(cls:MaskedImages, encoder, dls, **kwargs):
     "Crops and flips, where the data may be cropped and has more than 16 pixels"
-    flip = dls.info.views.get('flip', 0.5)
-    crops = dls.info.size>16 and 'affine' not in dls.info.views
-    views = image_views(dls.info.size, flip=flip, jitter=0., grey=0.) if crops else None
-    return cls(encoder, **dict(views=views) | kwargs)
+    return cls(encoder, **dict(views=crop_views(dls.info)) | kwargs)

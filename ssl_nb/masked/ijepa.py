@@ -12,8 +12,7 @@ from fastcore.basics import patch
 from ..core.heads import check_inputs, ema_copy, ema_update, in_full_precision
 from ..core.masks import block_ids, block_mask, gather_tokens, ids_to_mask, mask_to_ids
 from ..core.method import Method
-from ..core.views import image_views
-from .hidden import Predictor, grey, plain_vit
+from .hidden import Predictor, crop_views, grey, plain_vit
 
 # %% ../../nbs/masked/06_ijepa.ipynb #bcc8415f
 def jepa_masks(
@@ -112,9 +111,7 @@ def guards(self:IJEPA): return {'slow teacher': self.momentum>0}
 @patch(cls_method=True)
 def for_data(cls:IJEPA, encoder, dls, **kwargs):
     "Crops and flips, where the data may be cropped and has more than 16 pixels"
-    crops = dls.info.size>16 and 'affine' not in dls.info.views
-    crop = image_views(dls.info.size, flip=dls.info.views.get('flip', 0.5), jitter=0., grey=0.)
-    return cls(encoder, **dict(views=crop if crops else None) | kwargs)
+    return cls(encoder, **dict(views=crop_views(dls.info)) | kwargs)
 
 @patch
 def show(self:IJEPA, x, inputs, targets):

@@ -11,8 +11,7 @@ from fastcore.basics import patch
 from ..core.heads import check_inputs, in_full_precision
 from ..core.masks import gather_tokens, random_keep, scatter_tokens
 from ..core.method import Method
-from ..core.views import image_views
-from .hidden import patchify, plain_vit, Predictor, unpatchify
+from .hidden import crop_views, patchify, plain_vit, Predictor, unpatchify
 
 # %% ../../nbs/masked/01_mae.ipynb #60481e91
 @in_full_precision
@@ -93,9 +92,7 @@ def for_data(cls:MAE,
     **kwargs # For `MAE`
 ):
     "Crops and flips, where the data may be cropped and has more than 16 pixels"
-    crop = image_views(dls.info.size, flip=dls.info.views.get('flip', 0.5), jitter=0., grey=0.)
-    crops = dls.info.size>16 and 'affine' not in dls.info.views
-    return cls(encoder, **dict(views=crop if crops else None) | kwargs)
+    return cls(encoder, **dict(views=crop_views(dls.info)) | kwargs)
 
 # %% ../../nbs/masked/01_mae.ipynb #68b93c17
 @patch

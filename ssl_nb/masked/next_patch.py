@@ -12,8 +12,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.heads import check_inputs, in_full_precision
 from ..core.method import Method
-from ..core.views import image_views
-from .hidden import patchify, plain_vit, unpatchify, xavier
+from .hidden import crop_views, patchify, plain_vit, unpatchify, xavier
 
 # %% ../../nbs/masked/08_next_patch.ipynb #3c9ae88b
 @in_full_precision
@@ -107,9 +106,7 @@ def loss(self:NextPatch, pred, target, prefix):
 @patch(cls_method=True)
 def for_data(cls:NextPatch, encoder, dls, **kwargs):
     "Crops and flips, where the data may be cropped and has more than 16 pixels"
-    crop = image_views(dls.info.size, flip=dls.info.views.get('flip', 0.5), jitter=0., grey=0.)
-    crops = dls.info.size>16 and 'affine' not in dls.info.views
-    return cls(encoder, **dict(views=crop if crops else None) | kwargs)
+    return cls(encoder, **dict(views=crop_views(dls.info)) | kwargs)
 
 # %% ../../nbs/masked/08_next_patch.ipynb #8269871e
 def _only(x, p, shown):
