@@ -4,12 +4,12 @@ import torch
 
 from ssl_nb.data.embedded import photos_dls
 from ssl_nb.core.learner import ssl_learner
-from ssl_nb.core.method import find_methods
+from ssl_nb.core.method import find_methods, kinds_of
 from ssl_nb.app.folder import run_config
 from ssl_nb.app.run import build
 
 METHODS = sorted(k for k, c in find_methods().items() if c.__module__.split('.')[1] in ('pretext', 'autoencoders'))
-IMAGES = [k for k in METHODS if find_methods()[k].modality in (None, 'images')]
+IMAGES = [k for k in METHODS if 'images' in (kinds_of(find_methods()[k]) or ('images',))]
 
 
 def make(name, **kwargs):

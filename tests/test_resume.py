@@ -15,7 +15,7 @@ from ssl_nb.core.learner import Checkpoint, loose_buffers, read_state, save_atom
 from ssl_nb.core.loader import finish_dls, get_kind
 from ssl_nb.data.images import Images
 from ssl_nb.data.text import Text, text_dls
-from ssl_nb.core.method import _plain_state, asked, check_method, find_methods
+from ssl_nb.core.method import _plain_state, asked, check_method, find_methods, kinds_of
 from ssl_nb.evaluate.plot import plot_embedding, show_neighbours, show_pretext
 from ssl_nb.evaluate.report import report
 
@@ -37,7 +37,7 @@ def source(kind, data):
 def tiny(name, bs=8, batches=2, valid=11):
     "A few samples for a method, the last batch of valid smaller than the others; and how to build the method"
     cls = find_methods()[name]
-    kind = get_kind(cls.modality or 'images')
+    kind = get_kind((kinds_of(cls) or ('images',))[0])
     dls = source(kind, cls.default_data)
     small = finish_dls([dl.take(torch.arange(n)).new(bs=bs) for dl, n in zip(dls.loaders, (bs*batches, valid))], dls.info, 'cpu')
     if hasattr(dls, 'tokenizer'): small.tokenizer = dls.tokenizer

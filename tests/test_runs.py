@@ -11,7 +11,7 @@ import ssl_nb.app.run as app_run
 from ssl_nb.app.checks import write_record
 from ssl_nb.app.cli import main, method_lines
 from ssl_nb.core.loader import digits_dls
-from ssl_nb.core.method import check_method, find_methods, get_method
+from ssl_nb.core.method import check_method, find_methods, get_method, kinds_of
 from ssl_nb.app.embed import embed
 from ssl_nb.app.folder import get_dls, guess_kind, read_config, run_config, run_folder
 from ssl_nb.app.run import build, enough_steps, pretrain, run_method, what_was_read
@@ -106,7 +106,7 @@ def test_help_is_quick():
 @pytest.mark.parametrize('name', sorted(find_methods()))
 def test_every_method_keeps_the_contract(name):
     cls = get_method(name)
-    data = 'digits' if cls.modality in (None, 'images') and not cls.default_data else None # instant where that is possible
+    data = 'digits' if 'images' in (kinds_of(cls) or ('images',)) and not cls.default_data else None # instant where that is possible
     dls, method = build(run_config(name, data, batch_size=32, device='cpu'))
     check_method(method, dls.one_batch())
 
@@ -507,7 +507,7 @@ def test_begin_with_the_encoder_of_a_run(mine, tmp_path, monkeypatch):
 
 
 def test_methods_are_listed_without_being_imported():
-    lines = [f'{name:19} {cls.modality or "any":6} {(cls.__doc__ or "").splitlines()[0]}' for name, cls in find_methods().items()]
+    lines = [f'{name:19} {"/".join(kinds_of(cls)) or "any":6} {(cls.__doc__ or "").splitlines()[0]}' for name, cls in find_methods().items()]
     assert method_lines() == lines
     code = 'import sys; from ssl_nb.app.cli import main; main(["methods"]); sys.exit("torch" in sys.modules)'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

@@ -159,7 +159,8 @@ def _classes(file):
     "{name: what is written in it} of the classes in a file of the package"
     body,found = ast.parse(file.read_text(encoding='utf-8')).body,{}
     for c in [o for o in body if isinstance(o, ast.ClassDef)]:
-        own = {k.id: v.value for k,v in _assigned(c.body) if isinstance(v, ast.Constant)}
+        own = {k.id: ast.literal_eval(v) for k,v in _assigned(c.body)
+               if isinstance(v, ast.Constant) or k.id=='modality'}
         own |= dict.fromkeys([f.name for f in c.body if isinstance(f, ast.FunctionDef)], True)
         doc = (ast.get_docstring(c, clean=False) or ' ').splitlines()[0]
         bases = [b.id for b in c.bases if isinstance(b, ast.Name)]
@@ -190,6 +191,7 @@ def method_lines()->list: # As `find_methods` would find them
         for c in own:
             name = re.sub(r'(?<=[a-z])(?=[A-Z])', '_', c).lower() if len(own)>1 else f.stem
             kind = _inherited(found, c, 'modality') or 'any'
+            if not isinstance(kind, str): kind = '/'.join(kind)
             lines.append(f'{name:19} {kind:6} {found[c]["doc"]}')
     return lines
 

@@ -14,7 +14,7 @@ import fastai, timm, torch
 from .checks import (check_settings, check_words, method_settings, pick_device,
                                read_record)
 from ..core.loader import find_kinds, get_kind
-from ..core.method import get_method
+from ..core.method import get_method, kinds_of
 
 # %% ../../nbs/app/01_folder.ipynb #f5dac487
 def builtin_data()->dict: # Name -> name of its kind
@@ -33,27 +33,34 @@ def guess_kind(
 # %% ../../nbs/app/01_folder.ipynb #3c5af75f
 def which_data(
     data=None, # Path, or name of a built-in set; None takes the first of the kind
-    modality:str=None # Kind that is asked for; None: any
+    kinds=() # Those that will do, names or one name; empty: any
 ): # (name of its kind, name or whole path)
     "What data is meant, and of which kind it is"
     check_settings(data=data)
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds or ())
     named = builtin_data()
-    first = next(iter(get_kind(modality or 'images').builtin), None)
+    first = next(iter(get_kind(kinds[0] if kinds else 'images').builtin), None)
     data = data or first
     path = Path(data).expanduser()
-    if path.exists(): return _there(path.resolve(), data, named, modality)
+    if path.exists(): return _there(path.resolve(), data, named, kinds)
     if data not in named: raise FileNotFoundError(f'no data at {str(data)!r}: give one of '
         f'{", ".join(named)}, or a folder or file that exists')
-    if modality in (None, named[data]): return named[data],data
-    raise ValueError(f'{data!r} is {named[data]}, but this method asks about {modality}; use '
-                     f'{first!r} or a path')
+    if named[data] in (kinds or named.values()): return named[data],data
+    raise ValueError(f'{data!r} is {named[data]}, but this method asks about '
+                     f'{" or ".join(kinds)}; use {first!r} or a path')
 
-def _there(path, data, named, modality):
+def _there(path, data, named, kinds):
     if data in named: warnings.warn(f'{data!r} is read from {path}, and not the set of that name '
                                     'that comes with the library', stacklevel=3)
     if is_run(path) and (path/'config.json').exists():
         raise ValueError(f'{path} is the folder of a run, not of data')
-    return modality or guess_kind(path),str(path)
+    return _of(kinds, path),str(path)
+
+def _of(kinds, path):
+    "The kind of data at a path: the only one that will do, or what it looks like"
+    if len(kinds)==1: return kinds[0]
+    kind = guess_kind(path)
+    return kind if kind in (kinds or (kind,)) else kinds[0]
 
 # %% ../../nbs/app/01_folder.ipynb #9a794292
 def read_data(
@@ -119,7 +126,7 @@ def run_config(
     cls = get_method(method)
     own = method_settings(cls, set or (), method.lower())
     device = pick_device(device)
-    kind,data = which_data(data or cls.default_data, cls.modality)
+    kind,data = which_data(data or cls.default_data, kinds_of(cls))
     recipe = {k: cls.recipe[k] for k in ('epochs','batch_size','lr','wd')} | dict(seed=0) | _usual
     recipe['encoder'] = cls.default_encoder or get_kind(kind).default_encoder
     cfg = dict(method=method.lower(), data=data, kind=kind, **recipe | given | dict(set=own),

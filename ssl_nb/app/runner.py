@@ -25,7 +25,7 @@ from ..core.encoders import create_encoder
 from ..core.learner import CollapseMonitor, progress, seed_everything, ssl_learner
 from ..core.loader import ResidentDL, finish_dls, get_kind, one_label
 from ..core.measures import encode, rankme
-from ..core.method import check_modality, find_methods, get_method, looking
+from ..core.method import check_modality, find_methods, get_method, kinds_of, looking
 from ..evaluate.baselines import fit_batchnorm, raw_features
 from ..evaluate.few_labels import few_label_accuracy
 
@@ -59,7 +59,7 @@ def candidates(
     "The methods to try on this kind of data"
     if names: return [n for n in names if variant(n)]
     found = find_methods().items()
-    return [k for k,c in found if c.modality in (None, kind) and not c.uses_labels]
+    return [k for k,c in found if kind in (kinds_of(c) or (kind,)) and not c.uses_labels]
 
 # %% ../../nbs/app/02_runner.ipynb #795562c2
 def settings(
@@ -77,15 +77,21 @@ def settings(
     check_settings(lr=lr, epochs=epochs, batch_size=batch_size, samples=samples, size=size,
                    encoder=encoder, seconds=seconds)
     time = dict(seconds=seconds or SECONDS) if seconds or not epochs else {}
-    asked = {variant(m)[0].modality for m in methods or ()} - {None}
-    if len(asked)>1: raise ValueError(f'methods about {" and ".join(sorted(asked))} cannot be '
-                                      'compared on one data set; choose methods of one kind')
     name,classes = _classes(data)
-    kind,name = which_data(name, asked.pop() if asked else None)
+    kind,name = which_data(name, _shared_kinds(methods or ()))
     return dict(data=name+classes, kind=kind, encoder=encoder, epochs=epochs, lr=lr, size=size,
                 batch_size=batch_size, samples=samples, device=pick_device(device)) | time
 
 # %% ../../nbs/app/02_runner.ipynb #3db1339d
+def _shared_kinds(methods):
+    "The kinds of data that all of the methods can ask about; empty for any"
+    asked = [k for m in methods if (k := kinds_of(variant(m)[0]))]
+    both = [k for k in asked[0] if all(k in a for a in asked)] if asked else []
+    if asked and not both:
+        raise ValueError(f'methods about {" and ".join(sorted({" or ".join(a) for a in asked}))} '
+                         'cannot be compared on one data set; choose methods of one kind')
+    return both
+
 def _classes(data):
     "('digits', ':3,8') of 'digits:3,8'; only data that come with the library can be cut so"
     name,colon,classes = str(data or '').partition(':')

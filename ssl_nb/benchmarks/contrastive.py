@@ -9,7 +9,7 @@ __all__ = ['family', 'results_file', 'parser', 'main']
 import argparse, re
 from pathlib import Path
 from ..app.runner import method_names, references, run_many, settings
-from ..core.method import find_methods
+from ..core.method import find_methods, kinds_of
 from ..evaluate.results import plot_results, protocol, text_table
 
 # %% ../../nbs/benchmarks/01_contrastive.ipynb #9417cb82
@@ -17,8 +17,8 @@ def family(
     folder:str='contrastive' # Folder of the notebooks
 )->list: # Names
     "The methods of one folder that can learn from single images, with labels or without"
-    def belongs(c): return c.__module__.split('.')[1]==folder and c.modality in (None, 'images')
-    return [k for k,c in find_methods().items() if belongs(c)]
+    found = {k: c for k,c in find_methods().items() if c.__module__.split('.')[1]==folder}
+    return [k for k,c in found.items() if 'images' in (kinds_of(c) or ('images',))]
 
 def results_file(
     cfg:dict, # From `settings`
