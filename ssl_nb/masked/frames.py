@@ -89,15 +89,20 @@ def hide(self:FrameMethod,
                      x.device)
 
 @patch
-def hidden_features(self:FrameMethod,
+def features(self:FrameMethod,
     x, # (B,1,T) waves
     mask, # (B,N) bool, the hidden frames
     h=None # (B,N,D) local features, where they are already there
-): # (M,D) features at the hidden frames of the batch, row after row; targets: `t[mask]`
-    "The encoder finds the mask token at the hidden frames; what it makes of them"
+): # (B,N,D) features of all frames
+    "The encoder finds the mask token at the hidden frames"
     h = self.encoder.frames(x) if h is None else h
     h = torch.where(mask[...,None], self.mask_token.to(h.dtype), h)
-    return self.encoder.context(h, self.encoder.real(x))[mask]
+    return self.encoder.context(h, self.encoder.real(x))
+
+@patch
+def hidden_features(self:FrameMethod, x, mask, h=None):
+    "`features` at the hidden frames of the batch, row after row (M,D); targets: `t[mask]`"
+    return self.features(x, mask, h)[mask]
 
 @patch(cls_method=True)
 def for_data(cls:FrameMethod, encoder, dls, **kwargs):
