@@ -144,7 +144,7 @@ class FrameEncoder(nn.Module):
                          hop=hop, n_mels=n_mels, mean=list(mean), std=list(std), width=width,
                          kernel=kernel, drop=drop)
         _check_frames(**self.args)
-        self.num_features,self.hop,self.N = dim,hop,length//hop
+        self.num_features,self.rate,self.hop,self.N = dim,rate,hop,length//hop
         self.front = (MelFrames(rate, hop, dim, n_mels, list(mean), list(std)) if front=='mel'
                       else WaveFrames(hop, dim, width))
         self.positions = ConvPositions(dim, kernel)
