@@ -39,31 +39,33 @@ def _check_spans(N, p, span):
     if N<=span: raise ValueError(f'span={span} would hide all {N} frames of the sound; '
                                  'take longer clips or a shorter span')
 
-# %% ../../nbs/masked/00_frames.ipynb #d203f0ce
+# %% ../../nbs/masked/00_frames.ipynb #3e1317cd
 def mel_frames(
     x, # (B,1,T) waves
     rate:int, # Samples a second
+    hop:int=None, # Samples in a frame, even; None for 20 ms
     n_mels:int=40 # Bands
 ): # (B,N,2*n_mels) and real (B,N) or None; 0 at padding
     "Log-mel of each frame of 20 ms; each band has mean 0 and deviation 1 within its clip"
-    n_fft,hop = window_and_hop(rate)
-    N = x.shape[-1]//(2*hop)
-    m = log_mel(x, rate, n_fft, hop, n_mels)[...,:2*N].transpose(1, 2) # (B,2N,n_mels)
-    real = real_frames(x, 2*hop, N)
+    n_fft,slice_ = window_and_hop(rate)
+    hop = hop or 2*slice_
+    N = x.shape[-1]//hop
+    m = log_mel(x, rate, n_fft, hop//2, n_mels)[...,:2*N].transpose(1, 2) # (B,2N,n_mels)
+    real = real_frames(x, hop, N)
     ok = torch.ones_like(m[...,:1]) if real is None else real.repeat_interleave(2, 1)[...,None]
     n = ok.sum(1, keepdim=True).clamp(min=1)
     mean = (m*ok).sum(1, keepdim=True)/n
     std = ((m-mean).pow(2)*ok).sum(1, keepdim=True).div(n).sqrt()
     return ((m-mean)/(std+0.1)*ok).reshape(len(m), N, 2*n_mels),real
 
-# %% ../../nbs/masked/00_frames.ipynb #c76ca96f
+# %% ../../nbs/masked/00_frames.ipynb #80a32fe0
 class FrameMethod(Method):
     "Hide spans of frames of a sound; members add the targets, a head and the loss"
     modality = 'audio'
     default_encoder = 'small_audio'
     recipe = dict(epochs=10, batch_size=64, lr=2e-3, wd=0.05)
     def __init__(self,
-        encoder, # A `FrameEncoder`, or what has its `frames`, `context`, `real`, `rate` and `hop`
+        encoder, # A `FrameEncoder`, or what has its `frames`, `context`, `real`, `hop` and `args`
         p:float=0.15, # Share of the frames that start a span; 0.065 in the paper
         span:int=5 # Frames in a span; 10 in the paper
     ):
@@ -74,12 +76,12 @@ class FrameMethod(Method):
 
 def _frame_parts(encoder, who):
     "Rate and hop of an encoder of frames; `ValueError` where it is none"
-    missing = [k for k in ('frames','context','real','rate','hop') if not hasattr(encoder, k)]
-    if not missing: return encoder.rate,encoder.hop
+    missing = [k for k in ('frames','context','real','hop','args') if not hasattr(encoder, k)]
+    if not missing: return encoder.args['rate'],encoder.hop
     raise ValueError(f'{who} hides frames of a sound between two steps of the encoder, and '
         f'{type(encoder).__name__} has no {" and no ".join(missing)}; small_audio has')
 
-# %% ../../nbs/masked/00_frames.ipynb #2a883fe0
+# %% ../../nbs/masked/00_frames.ipynb #9648637a
 @patch
 def hide(self:FrameMethod,
     x # (B,1,T) waves
@@ -109,14 +111,16 @@ def for_data(cls:FrameMethod, encoder, dls, **kwargs):
     check_modality(cls, dls.info)
     return cls(encoder, **kwargs)
 
-# %% ../../nbs/masked/00_frames.ipynb #3a866955
+# %% ../../nbs/masked/00_frames.ipynb #7db83ec2
 def mel_picture(
     x, # (B,1,T) waves
     rate:int, # Samples a second
+    hop:int=None, # Samples in a frame; None for 20 ms
     hidden=None # (B,N) bool, frames to paint grey
 ): # (B,1,n_mels,F) in [0,1]
     "Log-mel as a picture, low tones at the bottom; hidden frames are grey"
-    m = log_mel(x, rate, *window_and_hop(rate)).flip(1)
+    n_fft,slice_ = window_and_hop(rate)
+    m = log_mel(x, rate, n_fft, hop//2 if hop else slice_).flip(1)
     low,high = m.amin((1,2), keepdim=True),m.amax((1,2), keepdim=True)
     m = (m-low)/(high-low).clamp(min=1e-6)
     if hidden is not None: m = m[...,:2*hidden.shape[1]].masked_fill(
@@ -125,5 +129,5 @@ def mel_picture(
 
 @patch
 def show(self:FrameMethod, x, inputs, targets): # the mask is the second input
-    return {'clean': mel_picture(x[0], self.rate)[...,:2*inputs[1].shape[1]],
-            'it sees': mel_picture(x[0], self.rate, inputs[1])}
+    return {'clean': mel_picture(x[0], self.rate, self.hop)[...,:2*inputs[1].shape[1]],
+            'it sees': mel_picture(x[0], self.rate, self.hop, inputs[1])}
