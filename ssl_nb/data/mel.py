@@ -69,7 +69,7 @@ def mel_filters(
         f'{int((w.max(1)==0).sum())} of them hold no frequency; choose a larger n_fft')
     return torch.from_numpy(w.astype(np.float32))
 
-# %% ../../nbs/data/10_mel.ipynb #9d476d6d
+# %% ../../nbs/data/10_mel.ipynb #f34bec7e
 def _check_mel(rate, n_fft, hop, n_mels):
     for k,v in dict(rate=rate, n_fft=n_fft, hop=hop, n_mels=n_mels).items():
         if not (isinstance(v, (int, np.integer)) and v>0): raise ValueError(
@@ -87,10 +87,11 @@ def log_mel(
     _check_mel(rate, n_fft, hop, n_mels)
     x = _waves(x)
     with torch.autocast(x.device.type, enabled=False):
-        w = torch.hann_window(n_fft, device=x.device)
-        s = torch.stft(x.float(), n_fft, hop, window=w, pad_mode='constant', return_complex=True)
+        x = x if x.dtype==torch.float64 else x.float()
+        w = torch.hann_window(n_fft, dtype=x.dtype, device=x.device)
+        s = torch.stft(x, n_fft, hop, window=w, pad_mode='constant', return_complex=True)
         power = s.real**2 + s.imag**2
-        return (mel_filters(rate, n_fft, n_mels).to(x.device) @ power).clamp(min=floor).log()
+        return (mel_filters(rate, n_fft, n_mels).to(power) @ power).clamp(min=floor).log()
 
 # %% ../../nbs/data/10_mel.ipynb #7b5de26c
 def mel_stats(
