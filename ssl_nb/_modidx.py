@@ -1977,6 +1977,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ssl_nb.masked.frames': { 'ssl_nb.masked.frames.FrameMethod': ('masked/frames.html#framemethod', 'ssl_nb/masked/frames.py'),
                                       'ssl_nb.masked.frames.FrameMethod.__init__': ( 'masked/frames.html#framemethod.__init__',
                                                                                      'ssl_nb/masked/frames.py'),
+                                      'ssl_nb.masked.frames.FrameMethod.features': ( 'masked/frames.html#framemethod.features',
+                                                                                     'ssl_nb/masked/frames.py'),
                                       'ssl_nb.masked.frames.FrameMethod.for_data': ( 'masked/frames.html#framemethod.for_data',
                                                                                      'ssl_nb/masked/frames.py'),
                                       'ssl_nb.masked.frames.FrameMethod.hidden_features': ( 'masked/frames.html#framemethod.hidden_features',

@@ -58,14 +58,14 @@ def mel_frames(
     std = ((m-mean).pow(2)*ok).sum(1, keepdim=True).div(n).sqrt()
     return ((m-mean)/(std+0.1)*ok).reshape(len(m), N, 2*n_mels),real
 
-# %% ../../nbs/masked/00_frames.ipynb #80a32fe0
+# %% ../../nbs/masked/00_frames.ipynb #295bc5d4
 class FrameMethod(Method):
     "Hide spans of frames of a sound; members add the targets, a head and the loss"
     modality = 'audio'
     default_encoder = 'small_audio'
     recipe = dict(epochs=10, batch_size=64, lr=2e-3, wd=0.05)
     def __init__(self,
-        encoder, # A `FrameEncoder`, or what has its `frames`, `context`, `real`, `hop` and `args`
+        encoder, # A `FrameEncoder`, or what has its `frames`, `context`, `real`, `rate` and `hop`
         p:float=0.15, # Share of the frames that start a span; 0.065 in the paper
         span:int=5 # Frames in a span; 10 in the paper
     ):
@@ -76,12 +76,12 @@ class FrameMethod(Method):
 
 def _frame_parts(encoder, who):
     "Rate and hop of an encoder of frames; `ValueError` where it is none"
-    missing = [k for k in ('frames','context','real','hop','args') if not hasattr(encoder, k)]
-    if not missing: return encoder.args['rate'],encoder.hop
+    missing = [k for k in ('frames','context','real','rate','hop') if not hasattr(encoder, k)]
+    if not missing: return encoder.rate,encoder.hop
     raise ValueError(f'{who} hides frames of a sound between two steps of the encoder, and '
         f'{type(encoder).__name__} has no {" and no ".join(missing)}; small_audio has')
 
-# %% ../../nbs/masked/00_frames.ipynb #9648637a
+# %% ../../nbs/masked/00_frames.ipynb #51276797
 @patch
 def hide(self:FrameMethod,
     x # (B,1,T) waves
@@ -97,6 +97,17 @@ def features(self:FrameMethod,
     h=None # (B,N,D) local features, where they are already there
 ): # (B,N,D) features of all frames
     "The encoder finds the mask token at the hidden frames"
+    h = self.encoder.frames(x) if h is None else h
+    h = torch.where(mask[...,None], self.mask_token.to(h.dtype), h)
+    return self.encoder.context(h, self.encoder.real(x))
+
+@patch
+def features(self:FrameMethod,
+    x, # (B,1,T) waves
+    mask, # (B,N) bool, the hidden frames
+    h=None # (B,N,D) local features, where they are already there
+): # (B,N,D) features of all frames
+    "The encoder finds the mask token at the hidden frames; what it makes of them"
     h = self.encoder.frames(x) if h is None else h
     h = torch.where(mask[...,None], self.mask_token.to(h.dtype), h)
     return self.encoder.context(h, self.encoder.real(x))
