@@ -81,7 +81,7 @@ def _frame_parts(encoder, who):
     raise ValueError(f'{who} hides frames of a sound between two steps of the encoder, and '
         f'{type(encoder).__name__} has no {" and no ".join(missing)}; small_audio has')
 
-# %% ../../nbs/masked/00_frames.ipynb #51276797
+# %% ../../nbs/masked/00_frames.ipynb #4acd64b5
 @patch
 def hide(self:FrameMethod,
     x # (B,1,T) waves
@@ -89,17 +89,6 @@ def hide(self:FrameMethod,
     "Which frames are hidden: spans, never in the padding"
     return span_mask(len(x), x.shape[-1]//self.hop, self.p, self.span, self.encoder.real(x),
                      x.device)
-
-@patch
-def features(self:FrameMethod,
-    x, # (B,1,T) waves
-    mask, # (B,N) bool, the hidden frames
-    h=None # (B,N,D) local features, where they are already there
-): # (B,N,D) features of all frames
-    "The encoder finds the mask token at the hidden frames"
-    h = self.encoder.frames(x) if h is None else h
-    h = torch.where(mask[...,None], self.mask_token.to(h.dtype), h)
-    return self.encoder.context(h, self.encoder.real(x))
 
 @patch
 def features(self:FrameMethod,
