@@ -74,45 +74,40 @@ class TimeNorm(nn.Module):
         var = (h**2*real).sum(2, keepdim=True)/n
         return h*(var+1e-5).rsqrt()*self.weight + self.bias
 
-# %% ../../nbs/data/13_sound_encoders.ipynb #2647534b
+# %% ../../nbs/data/13_sound_encoders.ipynb #02dc6990
 def strides(
     hop:int # Samples in a frame
-)->list: # Their product is `hop`
-    "Strides of a stack of convolutions: the prime factors, two 2s as a 4, the largest first"
-    found,p = [],2
-    while hop>1:
-        while hop%p==0: found,hop = found+[p],hop//p
-        p += 1
-    twos = found.count(2)
-    return sorted([p for p in found if p>2] + [4]*(twos//2) + [2]*(twos%2), reverse=True)
+)->list: # Of three convolutions; their product is `hop`
+    "The last two take about 16 steps together, the first one all the others"
+    pairs = [(a,b) for a in range(1, 8) for b in range(1, a+1) if hop%(a*b)==0]
+    a,b = min(pairs, key=lambda p: abs(p[0]*p[1]-16)+p[0]-p[1])
+    return [hop//(a*b), a, b]
 
-# %% ../../nbs/data/13_sound_encoders.ipynb #83d6f808
+# %% ../../nbs/data/13_sound_encoders.ipynb #eaf4eb6c
 class WaveFrames(nn.Module):
     "Strided convolutions over the waveform (wav2vec 2, sec. 2), blind to the padding"
     def __init__(self,
         hop:int, # Samples in a frame: the product of the strides
         dim:int, # Features of a frame
-        width:int=64 # Channels of the convolutions
+        width:int=64 # Channels of the convolutions; the first one has half as many
     ):
         super().__init__()
         self.hop,self.steps = hop,strides(hop)
-        widths = [1] + [width]*len(self.steps)
+        widths = [1, width//2, width, width]
         self.convs = nn.ModuleList(nn.Conv1d(a, b, 2*s, s, bias=False)
                                    for a,b,s in zip(widths, widths[1:], self.steps))
         for c in self.convs: nn.init.kaiming_normal_(c.weight)
-        self.first = TimeNorm(width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in self.steps[1:])
+        self.first = TimeNorm(width//2)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
     def forward(self, x): # (B,N,dim)
-        n,frames = real_samples(x),x.shape[-1]//self.hop
+        n,frames,step = real_samples(x),x.shape[-1]//self.hop,1
         h = x.view(len(x), 1, -1)[:,:,:frames*self.hop]
-        step = 1
         for i,(conv,s) in enumerate(zip(self.convs, self.steps)):
             h,step = conv(F.pad(h, (s//2, s-s//2))),step*s
             real = real_frames(n, step, h.shape[2])
-            h = self.first(h, real) if i==0 else self.norms[i-1](h.mT).mT
-            h = F.gelu(h)
+            h = F.gelu(self.first(h, real) if i==0 else self.norms[i-1](h.mT).mT)
             if real is not None: h = h*real[:,None].to(h.dtype)
         return self.project(h.mT)
 
