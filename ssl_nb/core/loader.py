@@ -66,11 +66,12 @@ class ResidentDL(DataLoader):
 
 # %% ../../nbs/core/02_loader.ipynb #6293e75f
 def to_unit(
-    x # uint8 or uint16 images, or anything else
-): # Float in [0,1] for images, unchanged otherwise
-    "Whole numbers to [0,1]: 8 bits by 255, 16 bits by 65535"
+    x # uint8 or uint16 images, int16 sounds, or anything else
+): # Float in [0,1] for images, in [-1,1] for sounds, unchanged otherwise
+    "Whole numbers to floats: images of 8 bits by 255, of 16 bits by 65535; sounds by 32768"
     if x.dtype==torch.uint8: return x.float().div_(255)
     if x.dtype==torch.uint16: return x.float().div_(65535)
+    if x.dtype==torch.int16: return x.float().div_(32768)
     return x.long() if x.dtype==torch.int32 else x
 
 def _rows(x, idx):
@@ -83,9 +84,11 @@ def _known_type(x):
     "A tensor of a type whose meaning is known"
     x = torch.as_tensor(x)
     ok = x.is_floating_point() or x.dtype in (torch.uint8, torch.uint16)
+    ok |= x.dtype==torch.int16 and x.ndim==3 # sounds (N,1,T)
     if ok or x.dtype in (torch.int32, torch.int64) and x.ndim<4: return x # or tokens
     raise ValueError(f'samples of type {str(x.dtype)[6:]} and shape {tuple(x.shape)}: images must '
-                     'be uint8, uint16 or float in [0,1], tokens int32 or int64')
+                     'be uint8, uint16 or float in [0,1], tokens int32 or int64, sounds (N,1,T) '
+                     'int16 or float')
 
 def _array(x):
     "As an array, also of a tensor on a GPU"
