@@ -167,7 +167,7 @@ def sound_listing(
     else: l = listing(path, ENDINGS, 'sounds', '.wav .flac .ogg .mp3')
     return named_labels(l, pattern) if pattern else l
 
-# %% ../../nbs/data/14_audio.ipynb #536a8bd7
+# %% ../../nbs/data/14_audio.ipynb #96d30f0a
 def audio_dls(
     path, # Folder of sound files, or a table that lists them
     rate:int=None, seconds:float=None, # Samples a second, length of a clip (default: see above)
@@ -187,6 +187,7 @@ def audio_dls(
     x,good = _load([l.files[i] for i in used], l.root, info, workers)
     return _divide(x, used[good], l, y, parts, info, valid, bs, device, seed)
 
+# %% ../../nbs/data/14_audio.ipynb #c086fe9d
 def _stem(path): return Path(path).expanduser().resolve().stem
 
 def _check_room(root, n, length, device):
@@ -194,7 +195,7 @@ def _check_room(root, n, length, device):
         raise ValueError(f'{n} clips of {length} samples in {root} need {2*n*length/2**30:.1f} GiB '
                          'of memory; choose fewer seconds, a lower rate, or a limit')
 
-# %% ../../nbs/data/14_audio.ipynb #f1bcda69
+# %% ../../nbs/data/14_audio.ipynb #80ced0fe
 def _load(files, root, info, workers):
     "(clips, indices of those that could be used); what failed is noted in `info`"
     x,good,failed,say = load_sounds(files, info.rate, info.length, root, workers)
@@ -210,6 +211,7 @@ def _load(files, root, info, workers):
     if say: warnings.warn(f'{root}: {"; ".join(say)}', stacklevel=3)
     return x,good
 
+# %% ../../nbs/data/14_audio.ipynb #77f6f90a
 def _divide(x, ids, l, y, parts, info, valid, bs, device, seed):
     "DataLoaders of the clips; `ids` says which file of the listing each is"
     if len(ids)<2: raise ValueError(f'{l.root} has {len(ids)} usable sound(s); at least 2 are '
@@ -242,7 +244,7 @@ def audio_dl(
     dl.files,dl.info,dl.listing = [l.files[i] for i in good],info,l
     return dl
 
-# %% ../../nbs/data/14_audio.ipynb #73c4bde2
+# %% ../../nbs/data/14_audio.ipynb #17e8eb24
 class Audio(Kind):
     "Folders and tables of sounds (B,1,T)"
     default_encoder = 'small_audio'
@@ -267,14 +269,15 @@ class Audio(Kind):
     @classmethod
     def files(cls, path, info, bs=64, device=None, kept=None):
         return audio_dl(path, info, bs, device)
-    @classmethod
-    def raw(cls, x, info): return mel_stats(x, info.rate)
 
-# %% ../../nbs/data/14_audio.ipynb #fd8aebe7
+# %% ../../nbs/data/14_audio.ipynb #add058cf
 @patch(cls_method=True)
 def encoder(cls:Audio, name, info, **kwargs):
     if name not in cls.encoders: return sound_encoder(name, info, **kwargs)
     return cls.encoders[name](**dict(rate=info.rate, length=info.length) | kwargs)
+
+@patch(cls_method=True)
+def raw(cls:Audio, x, info): return mel_stats(x, info.rate)
 
 @patch(cls_method=True)
 def views(cls:Audio, info, small=False):
