@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from fastai.data.core import DataLoaders
+from fastcore.basics import patch
 from sklearn.datasets import load_digits
 from ..core.encoders import video_encoder
 from ..core.loader import DataInfo, Kind, ResidentDL, channel_stats, cut, make_dls
@@ -299,6 +300,7 @@ class Video(Kind):
     "Folders of clips (B,C,F,H,W)"
     default_encoder = 'small_video'
     builtin = dict(bouncing=bouncing_digits_dls, moving=moving_dls)
+    encoders = {} # name -> function of `info`: what notebooks of methods add
 
     @classmethod
     def read(cls, path, bs=64, device=None, seed=0, size=None, limit=None, kept=None, range=None,
@@ -312,10 +314,14 @@ class Video(Kind):
     def files(cls, path, info, bs=64, device=None, kept=None):
         return video_dl(path, info, bs, device=device)
     @classmethod
-    def encoder(cls, name, info, **kwargs): return video_encoder(name, info, **kwargs)
+    def encoder(cls, name, info, **kwargs):
+        make = cls.encoders.get(name)
+        return make(info, **kwargs) if make else video_encoder(name, info, **kwargs)
     @classmethod
     def show(cls, x, info=None): return x.transpose(2, 3).flatten(3) # (B,C,H,F*W)
-    @classmethod
-    def views(cls, info, small=False):
-        own = {k: v for k,v in info.views.items() if k in ('scale','ratio','flip')}
-        return ClipViews(info.size, **own | (dict(scale=(0.15,0.4)) if small else {}))
+
+# %% ../../nbs/data/06_video.ipynb #5f2c77a1
+@patch(cls_method=True)
+def views(cls:Video, info, small=False):
+    own = {k: v for k,v in info.views.items() if k in ('scale','ratio','flip')}
+    return ClipViews(info.size, **own | (dict(scale=(0.15,0.4)) if small else {}))
