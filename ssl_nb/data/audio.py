@@ -129,7 +129,7 @@ def _remarks(facts, rate):
     clipped = sum(share>0.01 for _,share in facts)
     return say + [f'{clipped} files are clipped in more than 1% of their samples']*bool(clipped)
 
-# %% ../../nbs/data/14_audio.ipynb #b96d865c
+# %% ../../nbs/data/14_audio.ipynb #795327c5
 def named_labels(
     l, # `Listing` of sound files
     pattern:str # Regular expression with named groups, looked for in each path
@@ -144,9 +144,11 @@ def named_labels(
                                        f'names, for example {printable(l.files[0])}')
     own = {k: known_labels([h and h[k] for h in hits]) for k in p.groupindex}
     missed = sum(h is None for h in hits)
-    notes = l.notes + [f'the pattern is not found in {missed} names']*bool(missed)
+    found,notes = _known(l.label),l.notes
+    if not found: notes = [o for o in notes if not re.search('no classes|take classes', o)]
+    notes = notes + [f'the pattern is not found in {missed} names']*bool(missed)
     split = split_names(own.pop('split'), 'the pattern') if 'split' in own else l.split
-    return replace(l, label=_known(l.label) | own, split=split, notes=notes)
+    return replace(l, label=found | own, split=split, notes=notes)
 
 def _known(label): return {k: v for k,v in label.items() if any(o is not None for o in v)}
 
@@ -195,7 +197,18 @@ def _check_room(root, n, length, device):
         raise ValueError(f'{n} clips of {length} samples in {root} need {2*n*length/2**30:.1f} GiB '
                          'of memory; choose fewer seconds, a lower rate, or a limit')
 
-# %% ../../nbs/data/14_audio.ipynb #80ced0fe
+# %% ../../nbs/data/14_audio.ipynb #3280e7a8
+def _warn_failed(files, failed):
+    "Say once what was left out: how many for which reason, first one example of each"
+    first = {why: i for i,why in reversed(failed.items())}
+    order = sorted(failed, key=lambda i: (first[failed[i]]!=i, i))
+    named = {i: f'{files[i]} ({failed[i]})' for i in order}
+    names = [named.get(i, f) for i,f in enumerate(files)]
+    said = warn_skipped(names, dict.fromkeys(order, ''), 'sounds')
+    counts = ', '.join(f'{n} {why}' for why,n in Counter(failed.values()).most_common(5))
+    return said + f'; of these {counts}'*(len(first)>1)
+
+# %% ../../nbs/data/14_audio.ipynb #15cd7a34
 def _load(files, root, info, workers):
     "(clips, indices of those that could be used); what failed is noted in `info`"
     x,good,failed,say = load_sounds(files, info.rate, info.length, root, workers)
@@ -204,7 +217,7 @@ def _load(files, root, info, workers):
         why = ', '.join(f'{n} {w}' for w,n in Counter(failed.values()).most_common(3))
         raise ValueError(f'none of the {len(files)} sounds in {root} can be used: {why}; for '
                          f'example {printable(files[0])}')
-    info.read += warn_skipped(files, failed, 'sounds') + ''.join(f'; {s}' for s in say)
+    info.read += _warn_failed(files, failed) + ''.join(f'; {s}' for s in say)
     short = (x[:,0,-1]==0).sum().item()
     info.read += f'; {info.rate:,} samples a second, clips of {info.length/info.rate:.3g} s'
     info.read += f', {short} of them padded'*bool(short)
