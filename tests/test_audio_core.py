@@ -306,3 +306,13 @@ def test_bad_encoders():
     with pytest.raises(ValueError, match='shorter than one frame'): FrameEncoder()(torch.zeros(1, 1, 100))
     with pytest.raises(ValueError, match='rate'): FrameEncoder(rate=0)
     with pytest.raises(ValueError, match='front'): FrameEncoder(front='mell')
+
+def test_an_encoder_of_another_rate_is_refused(tmp_path):
+    from ssl_nb.core.encoders import create_encoder
+    from ssl_nb.data.spoken import AudioInfo
+    at = lambda rate: AudioInfo(rate=rate, length=int(rate*0.8))
+    enc = create_encoder('small_audio', at(8000))
+    save_encoder(enc, tmp_path)
+    with torch.no_grad(): # longer clips of the same rate do
+        assert torch.allclose(create_encoder(tmp_path, AudioInfo(rate=8000, length=12000)).eval()(tone(500)), enc.eval()(tone(500)), atol=1e-6)
+    with pytest.raises(ValueError, match='rate 8000'): create_encoder(tmp_path, at(16000))

@@ -608,7 +608,8 @@ def _takes(enc):
     if isinstance(enc, ImageEncoder):
         c,_,size = enc.model.pretrained_cfg['input_size']
         return dict(channels=c, size=size)
-    return {k: enc.args[k] for k in ('channels','size','vocab_size','max_len') if k in enc.args}
+    names = getattr(enc, 'takes', ('channels','size','vocab_size','max_len'))
+    return {k: enc.args[k] for k in names if k in enc.args}
 
 # %% ../../nbs/core/05_encoders.ipynb #e4822a57
 def _begun(folder, info, pretrained, kwargs):

@@ -132,6 +132,7 @@ class ConvPositions(nn.Module):
 # %% ../../nbs/data/13_sound_encoders.ipynb #c67f27c3
 class FrameEncoder(nn.Module):
     "Frames of 20 ms, then a transformer over them: sounds (B,1,T) to features"
+    takes = ('rate',) # what the data must agree with
     def __init__(self,
         rate:int=8000, # Samples a second
         length:int=6400, # Samples in a clip of the training data; others may be shorter or longer
@@ -238,6 +239,7 @@ def forward(self:FrameEncoder, x): return masked_mean(*self.tokens(x))
 # %% ../../nbs/data/13_sound_encoders.ipynb #848c2a1c
 class MelPictures(nn.Module):
     "An encoder of images that looks at the log-mel picture of a sound"
+    takes = ('rate',) # what the data must agree with
     def __init__(self,
         name:str='small_cnn', # Any encoder of images
         rate:int=8000, length:int=6400, # Samples a second, and in a clip
