@@ -46,7 +46,7 @@ def linear_ramp(
     ends=(0.99,0.999), # First and last value
     until:float=0.5 # Share of the training in which it rises
 )->float:
-    "The teacher's momentum: linear from the first value to the last, then constant (sec. 3.2)"
+    "The teacher's momentum: linear from the first value to the last, then constant (sec. 3.3)"
     return ends[0] + (ends[1]-ends[0])*min(1, pct/until)
 
 # %% ../../nbs/masked/05_data2vec.ipynb #997cc161
@@ -75,7 +75,7 @@ class Data2Vec(MaskedImages):
         norm:bool=True, # Normalise their outputs?
         ffn:bool=True, # Targets from the MLP of each block, or from what leaves it?
         beta:float=2., # Of the smooth L1 loss
-        momentum=(0.99,0.999), # Of the teacher, first and last (sec. 3.2)
+        momentum=(0.99,0.999), # Of the teacher, first and last (sec. 3.3)
         depth:int=0, # Blocks of the head; the paper has a linear layer alone
         views=None, # Random views to train on, such as crops; None for the clean images
         pos_std:float=0.5 # Deviation of fresh position embeddings

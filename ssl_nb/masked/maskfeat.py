@@ -19,7 +19,7 @@ from .hidden import MaskedImages, blockwise_ids, grey, patchify, place_head
 def hog(
     x, # (B,C,H,W) images
     cell:int, # Side of a cell in pixels; it must divide H and W
-    bins:int=9 # Directions between 0 and 180 degrees (paper: sec. 3.2)
+    bins:int=9 # Directions between 0 and 180 degrees
 ): # (B,C*bins,H/cell,W/cell), each histogram of length 1, or 0 where nothing changes
     "Histograms of oriented gradients (Dalal and Triggs 2005), normalised cell by cell"
     if x.shape[2]%cell or x.shape[3]%cell:
@@ -54,7 +54,7 @@ def maskfeat_loss(
     target, # (B,N,D) true features
     hidden # (B,M) positions of the hidden patches
 ): # Scalar
-    "Mean squared error on the hidden patches (Wei et al. 2022, sec. 2.1)"
+    "Mean squared error on the hidden patches (Wei et al. 2022, sec. 2)"
     check_inputs(pred=pred, target=target)
     return (gather_tokens(pred, hidden) - gather_tokens(target, hidden)).pow(2).mean()
 
@@ -66,7 +66,7 @@ class MaskFeat(MaskedImages):
         ratio:float=0.4, # Share of the patches that are asked for (paper: 40 %)
         seen:float=0.6, # Share of these without a mask token (paper: none); see `hidden.mixed`
         cells:int=None, # Cells on the side of a patch; None is 2 where it divides the patch, else 1
-        bins:int=9, # Directions of a histogram (paper: sec. 3.2)
+        bins:int=9, # Directions of a histogram
         depth:int=0, # Blocks of the head before its linear layer (paper: none)
         views=None, # Random views to train on, such as crops; None for the clean images
         pos_std:float=0.5 # Deviation of fresh position embeddings

@@ -16,7 +16,7 @@ from .hidden import MaskedImages, grey, patchify, place_head, plain_vit, unpatch
 def avg_dist(
     mask # (B,H,W) bool, True where a pixel is hidden; each image shows at least one
 ): # (B,)
-    "Mean distance of hidden pixels to the nearest visible one (Xie et al. 2022, sec. 4.1.2)"
+    "Mean distance of hidden pixels to the nearest visible one (Xie et al. 2022, sec. 4.1)"
     B,H,W = mask.shape
     at = torch.cartesian_prod(torch.arange(H), torch.arange(W)).to(mask.device, torch.float)
     far = torch.cdist(at, at).expand(B, -1, -1).masked_fill(mask.flatten(1)[:,None], torch.inf)
@@ -27,7 +27,7 @@ def avg_dist(
 def square_ids(
     b:int, # Images B
     grid, # (rows, columns) of patches, N = rows*columns
-    ratio:float=0.6, # Share of the patches to hide (Xie et al. 2022, sec. 4.1.2)
+    ratio:float=0.6, # Share of the patches to hide (Xie et al. 2022, sec. 4.1)
     unit:int=1, # Side of what is hidden in one piece, in patches
     device=None
 ): # (B,M) sorted positions, M = N*ratio, rounded
@@ -55,7 +55,7 @@ class SimMIM(MaskedImages):
     "Predict the pixels of hidden squares from the rest, with mask tokens (Xie et al. 2022)"
     def __init__(self,
         encoder, # A ViT made by `create_encoder`
-        ratio:float=0.6, # Share of the patches that are asked for (paper: sec. 4.1.2)
+        ratio:float=0.6, # Share of the patches that are asked for (paper: sec. 4.1)
         seen:float=0.6, # Share of these without a mask token (paper: none); see `hidden.mixed`
         unit:int=1, # Side of what is hidden in one piece, in patches (paper: 32 px)
         depth:int=0, # Blocks of the head before its linear layer (paper: none)
