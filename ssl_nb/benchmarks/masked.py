@@ -101,7 +101,8 @@ def outlook(
                 'points a doubling': rate[m],
                 'seconds to raw': last*2**((goal-t.loc[m,last])/rate[m]) if rate[m]>0 else np.inf}
             for m in t.index if m not in references and t.loc[m,last]<goal}
-    return pd.DataFrame(rows).T.round(1)
+    t = pd.DataFrame(rows).T.round(1)
+    return t.where(t<1e6, np.inf) # more than eleven days
 
 # %% ../../nbs/benchmarks/07_masked.ipynb #56ea86cf
 def ten_labels(
