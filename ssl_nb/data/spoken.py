@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['WORDS', 'ACCENTS', 'HEARD', 'UNHEARD', 'TAKES', 'say', 'spoken_arrays', 'AudioInfo', 'band_stats', 'spoken_dls']
 
-# %% ../../nbs/data/11_spoken.ipynb #0db7968d
-import ctypes, functools, os, subprocess, sys, tempfile
+# %% ../../nbs/data/11_spoken.ipynb #46e36b3c
+import ctypes, functools, math, os, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 import espeakng_loader, numpy as np, torch
-from scipy.signal import resample_poly
+from scipy.signal import firwin, resample_poly
 from ..core.common import whole_file
 from ..core.loader import DataInfo, make_dls
 from .mel import log_mel, real_frames, window_and_hop
 
-# %% ../../nbs/data/11_spoken.ipynb #8f4b0af0
+# %% ../../nbs/data/11_spoken.ipynb #3b5d0de1
 @functools.cache
 def _espeak():
-    "(the library, the list that gets its samples, what must stay in memory); 22,050 samples a second"
+    "(the library, the list that gets its 22,050 samples a second, what must stay in memory)"
     lib,blocks = ctypes.CDLL(espeakng_loader.get_library_path()),[]
     kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
                             ctypes.c_void_p)
@@ -69,13 +69,23 @@ def _plan():
     return dict(train=said(heard, TAKES[:4]), valid=said(heard, TAKES[4:5]),
                 test=strangers + said(heard, TAKES[5:]))
 
-# %% ../../nbs/data/11_spoken.ipynb #316dd87c
+# %% ../../nbs/data/11_spoken.ipynb #7b50028c
+@functools.cache
+def _steps(rate):
+    "(up, down, filter) from 22,050 to another rate, as `resample_poly` makes them each time anew"
+    common = math.gcd(rate, 22050)
+    up,down = rate//common,22050//common
+    most = max(up, down)
+    return up,down,firwin(20*most+1, 1/most, window=('kaiser',5.0))
+
 def _trimmed(wave, rate):
     "Speech at another rate, without the silence around it; float in [-1,1]"
-    wave = resample_poly(wave.astype(float)/32768, rate, 22050)
+    up,down,window = _steps(rate)
+    wave = resample_poly(wave/32768, up, down, window=window)
     loud = np.flatnonzero(np.abs(wave)>0.003)
     return wave[loud[0]:loud[-1]+1] if len(loud) else wave
 
+# %% ../../nbs/data/11_spoken.ipynb #eb1233b5
 def _recorded(
     wave, # (n,) speech
     rate:int, length:int, # Samples a second, and in a clip
@@ -91,7 +101,7 @@ def _recorded(
     clip[end-1] = clip[end-1] or 1 # the last sample before the padding is not zero
     return clip
 
-# %% ../../nbs/data/11_spoken.ipynb #3dd5967f
+# %% ../../nbs/data/11_spoken.ipynb #184589da
 def _cached(rate, length):
     return (Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'ssl_nb'
             /f'spoken-1-{rate}-{length}.npz')
@@ -102,6 +112,7 @@ def _speak(file, rate, length):
     np.savez(file, **{part: np.stack([_recorded(said(WORDS[w], v, *take), rate, length, rng)
                       for w,_,v,take in rows]) for part,rows in _plan().items()})
 
+# %% ../../nbs/data/11_spoken.ipynb #29b19b2d
 def _spoken_anew(rate, length):
     "The clips, from a process of its own: a synthesizer that has just started says the same"
     with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +125,7 @@ def _spoken_anew(rate, length):
 def _clips(file):
     with np.load(file) as f: return {k: f[k] for k in ('train','valid','test')}
 
+# %% ../../nbs/data/11_spoken.ipynb #c1c74614
 def spoken_arrays(
     rate:int=8000, # Samples a second
     length:int=6400 # Samples in a clip
