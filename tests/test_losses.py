@@ -83,6 +83,7 @@ EXAMPLES = {
     'masked.left_to_right': dict(next_token_loss=[r(40,20), ints(20, 40)]),
     'masked.llama': dict(rms_norm=[r(40,16), r(16)]),
     'masked.lewm': dict(lewm_loss=[r(32,3,5), r(32,4,5)]),
+    'masked.vjepa': dict(vjepa_loss=[r(8,3,5), r(8,3,5)]),
     'pretext.rotation': dict(rotation_loss=[r(32,4), ints(4, 32)]),
     'pretext.jigsaw': dict(jigsaw_loss=[r(32,24), ints(24, 32)]),
     'pretext.relative_patch': dict(relative_patch_loss=[r(32,8), ints(8, 32)]),
@@ -95,11 +96,13 @@ EXAMPLES = {
     'pretext.next_frame': dict(next_frame_loss=[images, spoil(images)], skill=[images, spoil(images), spoil(images)]),
     'pretext.frame_order': dict(order_loss=[r(32,12), ints(12, 32)]),
     'pretext.sentence_order': dict(order_loss=[r(32,2), ints(2, 32)]),
+    'masked.hubert': dict(hubert_loss=[p(4,9,12), ints(12, 4, 9), p(4,9)<0.5, p(4,9)<0.5, 0.7, 0.1], nearest=[r(4,9,3), r(7,3)]),
+    'masked.masked_frames': dict(masked_l1=[r(4,9,12), r(4,9,12), p(4,9,12)<0.5]),
 }
 EXAMPLES = {f'{module}.{name}': args for module,of in EXAMPLES.items() for name,args in of.items()}
 SPECIAL = {'autoencoders.contractive.jacobian_norm': jacobian}
 # what is an index or a share of samples: no small change of the arguments changes it
-DISCRETE = {'core.measures.knn_predict', 'core.measures.nearest_ids', 'contrastive.infonce.positive_accuracy', 'contrastive.swav.used',
+DISCRETE = {'masked.hubert.nearest', 'core.measures.knn_predict', 'core.measures.nearest_ids', 'contrastive.infonce.positive_accuracy', 'contrastive.swav.used',
     'contrastive.supcon.class_accuracy', 'contrastive.cpc.ahead_accuracy', 'autoencoders.vqvae.assign', 'autoencoders.vqvae.perplexity'}
 # arguments that only choose: the nearest neighbour, the start of k-means, the (linear) place where a Jacobian is taken
 CHOOSE = {'contrastive.nnclr.nnclr_loss': 0, 'contrastive.nnclr.nearest_in_support': 1, 'contrastive.deepcluster.spherical_kmeans': 1,
