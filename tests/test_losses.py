@@ -98,6 +98,8 @@ EXAMPLES = {
     'pretext.sentence_order': dict(order_loss=[r(32,2), ints(2, 32)]),
     'masked.hubert': dict(hubert_loss=[p(4,9,12), ints(12, 4, 9), p(4,9)<0.5, p(4,9)<0.5, 0.7, 0.1], nearest=[r(4,9,3), r(7,3)]),
     'masked.masked_frames': dict(masked_l1=[r(4,9,12), r(4,9,12), p(4,9,12)<0.5]),
+    'masked.hubert': dict(hubert_loss=[p(4,9,12), ints(12, 4, 9), p(4,9)<0.5, p(4,9)<0.5, 0.7, 0.1], nearest=[r(4,9,3), r(7,3)]),
+    'masked.masked_frames': dict(masked_l1=[r(4,9,12), r(4,9,12), p(4,9,12)<0.5]),
 }
 EXAMPLES = {f'{module}.{name}': args for module,of in EXAMPLES.items() for name,args in of.items()}
 SPECIAL = {'autoencoders.contractive.jacobian_norm': jacobian}

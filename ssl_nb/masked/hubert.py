@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hubert_loss', 'kmeans', 'nearest', 'HuBERT']
 
-# %% ../../nbs/masked/22_hubert.ipynb #7e729ec9
+# %% ../../nbs/masked/22_hubert.ipynb #044ccabd
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..core.encoders import load_encoder
 from ..core.heads import check_inputs, Directions, ema_copy, in_full_precision
 from ..core.measures import fed
 from ..core.method import same_random
-from .frames import FrameMethod, mel_frames
+from .frames import code_picture, FrameMethod, mel_frames
 
 # %% ../../nbs/masked/22_hubert.ipynb #cfb28ebe
 @in_full_precision
@@ -61,10 +61,10 @@ def nearest(
     far = centroids.pow(2).sum(1) - 2*t @ centroids.T # and |t|², the same for all
     return far.argmin(-1)
 
-# %% ../../nbs/masked/22_hubert.ipynb #a728166e
+# %% ../../nbs/masked/22_hubert.ipynb #2bac3bf0
 class HuBERT(FrameMethod):
     "Predict the clusters of hidden frames (Hsu et al. 2021)"
-    recipe = dict(epochs=12, batch_size=32, lr=3e-3, wd=0.05)
+    recipe = dict(epochs=12, batch_size=32, lr=5e-3, wd=0.05, beta2=0.98)
     def __init__(self,
         encoder, # An encoder of frames, such as 'small_audio'
         clusters:int=100, # K (sec. III-B: 100, then 500)
@@ -83,7 +83,7 @@ class HuBERT(FrameMethod):
         width = 80 if first is None else first.num_features # two slices of 40 bands
         self.register_buffer('centroids', torch.randn(clusters, width))
 
-# %% ../../nbs/masked/22_hubert.ipynb #4c09bec7
+# %% ../../nbs/masked/22_hubert.ipynb #e9e99b7f
 @patch
 @torch.no_grad()
 def described(self:HuBERT,
@@ -91,7 +91,7 @@ def described(self:HuBERT,
 ): # (B,N,D) and (B,N) bool
     "What k-means sees of each frame, and which frames are real"
     m,real = mel_frames(x, self.rate, self.hop)
-    if self.teacher is not None: m = self.teacher.hidden(x)[self.layer]
+    if self.teacher is not None: m = self.teacher.eval().hidden(x)[self.layer]
     return m,torch.ones(m.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
 
 @patch
@@ -110,6 +110,7 @@ def sort(self:HuBERT,
             if count>=frames: break
         self.centroids.copy_(kmeans(torch.cat(got), len(self.centroids), seed))
 
+# %% ../../nbs/masked/22_hubert.ipynb #1bf1b5ca
 @patch(cls_method=True)
 def for_data(cls:HuBERT, encoder, dls, first=None, **kwargs):
     "Cluster the training set"
@@ -155,13 +156,10 @@ def metrics(self:HuBERT, pred, labels, hidden, seen):
     share = labels[hidden|seen].bincount(minlength=len(self.centroids))/(hidden|seen).sum()
     return dict(accuracy=right.float().mean(), used=torch.special.entr(share).sum().exp())
 
-# %% ../../nbs/masked/22_hubert.ipynb #a07d1d56
+# %% ../../nbs/masked/22_hubert.ipynb #fa7740ca
 @patch
 def show(self:HuBERT, x, inputs, targets):
     "Log-mel, the same with grey for hidden frames, and the clusters that are asked for in colours"
-    rows = super(HuBERT, self).show(x, inputs, targets)
     labels,hidden,_ = targets
-    h,w = rows['clean'].shape[-2:]
-    angle = 2.4*labels[:,None,None] + torch.tensor([0.,2.1,4.2], device=labels.device)[:,None,None]
-    colour = torch.where(hidden[:,None,None], 0.5+0.5*angle.cos(), 0.5) # (B,3,1,N)
-    return rows | {'asked': F.interpolate(colour.expand(-1,-1,h,-1), (h,w))}
+    asked = code_picture(labels[...,None], len(self.centroids), hidden)
+    return super(HuBERT, self).show(x, inputs, targets) | {'asked': asked}

@@ -39,12 +39,12 @@ def band_mask(
     i = torch.arange(n, device=device)
     return (i>=start) & (i<start+width)
 
-# %% ../../nbs/masked/24_masked_frames.ipynb #2e2f957f
+# %% ../../nbs/masked/24_masked_frames.ipynb #eec00036
 BANDS = 40 # Channels of the target
 
 class MaskedFrames(FrameMethod):
     "Reconstruct hidden log-mel values (Mockingjay, Liu et al. 2020; TERA, Liu et al. 2021)"
-    recipe = dict(epochs=12, batch_size=32, lr=3e-3, wd=0.05)
+    recipe = dict(epochs=12, batch_size=32, lr=5e-3, wd=0.05, beta2=0.98)
     def __init__(self,
         encoder, # An encoder of frames, such as 'small_audio'
         channels:int=0, # Hide bands of up to so many of the 40 channels, too (TERA); 0 for none
@@ -59,7 +59,7 @@ class MaskedFrames(FrameMethod):
         self.head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D),
                                   nn.Linear(D, 2*BANDS))
 
-# %% ../../nbs/masked/24_masked_frames.ipynb #bc5ae9bd
+# %% ../../nbs/masked/24_masked_frames.ipynb #f54401c2
 @patch
 def pretext(self:MaskedFrames,
     x # (B,1,T) waves
@@ -71,6 +71,7 @@ def pretext(self:MaskedFrames,
     if real is not None: hidden = hidden & real[...,None]
     return (x, mask, bands),(target, hidden)
 
+# %% ../../nbs/masked/24_masked_frames.ipynb #ec76734d
 @patch
 def forward(self:MaskedFrames,
     x, # (B,1,T) waves
@@ -89,7 +90,7 @@ def forward(self:MaskedFrames,
 def loss(self:MaskedFrames, pred, target, hidden):
     return masked_l1(pred, target, hidden)
 
-# %% ../../nbs/masked/24_masked_frames.ipynb #826c1276
+# %% ../../nbs/masked/24_masked_frames.ipynb #d3b19a91
 def frames_picture(
     m # (B,N,2*n_mels) values with mean 0 and deviation 1
 ): # (B,1,n_mels,2*N) in [0,1]
@@ -100,7 +101,8 @@ def frames_picture(
 @patch
 def show(self:MaskedFrames, x, inputs, targets):
     target,hidden = targets
-    clean,grey = frames_picture(target),frames_picture(10.*hidden)>0.5
+    real = target.any(2)[:,None,None].repeat_interleave(2, 3) # padding is black
+    clean,grey = frames_picture(target)*real,frames_picture(10.*hidden)>0.5
     return {'clean': clean, 'it sees': clean.masked_fill(grey, 0.5),
             'asked': clean.masked_fill(~grey, 0.5)}
 
