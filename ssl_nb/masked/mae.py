@@ -31,18 +31,18 @@ def patch_stats(
     "Mean and deviation of each patch, as in the authors' code (unbiased, plus 1e-6)"
     return t.mean(-1, keepdim=True),(t.var(-1, keepdim=True)+1e-6).sqrt()
 
-# %% ../../nbs/masked/01_mae.ipynb #211a386b
+# %% ../../nbs/masked/01_mae.ipynb #b07a4316
 class MAE(Method):
     "Reconstruct the masked patches from the visible ones (He et al. 2022)"
     default_encoder = 'small_vit'
-    recipe = dict(epochs=50, batch_size=128, lr=4e-3, wd=0.05, beta2=0.95) # beta2: Table 8
+    recipe = dict(epochs=100, batch_size=128, lr=4e-3, wd=0.05, beta2=0.95) # beta2: Table 8
     def __init__(self,
         encoder, # A ViT made by `create_encoder`
         ratio:float=0.75, # Share of the patches to hide (paper: fig. 5)
         norm_pix:bool=False, # Normalise each target patch? (paper: Table 1d)
-        dim:int=64, # Width of the decoder (paper: 512, Table 1b)
+        dim:int=None, # Width of the decoder; half the encoder's by default (paper: 512, Table 1b)
         depth:int=1, # Blocks of the decoder (paper: 8, Table 1a)
-        heads:int=4, # Attention heads of the decoder
+        heads:int=None, # Attention heads of the decoder; by default the encoder's
         views=None, # Random views to train on, such as crops; None for the clean images
         pos_std:float=0.5 # Deviation of fresh position embeddings
     ):
@@ -51,6 +51,8 @@ class MAE(Method):
         self.p,self.n = vit.patch_embed.patch_size[0],vit.patch_embed.num_patches
         self.ratio,self.norm_pix,self.views = ratio,norm_pix,views
         pixels = self.p**2*encoder.mean.numel()
+        heads = heads or vit.blocks[0].attn.num_heads
+        dim = dim or heads*max(1, vit.embed_dim//heads//2)
         self.decoder = Predictor(self.n, vit.embed_dim, pixels, dim, depth, heads, pos_std)
 
 # %% ../../nbs/masked/01_mae.ipynb #4fbfa67b
