@@ -52,7 +52,7 @@ def draw_distractors(
     j = j + (j>=own[:,None]).long()
     return first[:,None] + j.clamp(max=(n[row,None]-1)) # a clip's only hidden frame draws itself
 
-# %% ../../nbs/masked/21_wav2vec2.ipynb #3dcc2f10
+# %% ../../nbs/masked/21_wav2vec2.ipynb #91b609e0
 class GumbelQuantizer(nn.Module):
     "Choose a vector from each of several codebooks, with gradient (Baevski et al. 2020, sec. 2)"
     def __init__(self,
@@ -63,25 +63,27 @@ class GumbelQuantizer(nn.Module):
         temp:float=2. # tau; set it lower as the training goes on
     ):
         super().__init__()
-        if out%groups: raise ValueError(f'out={out} must be a multiple of groups={groups}')
-        if entries<2: raise ValueError(f'entries={entries}: there must be at least 2 to choose from')
+        if out%groups or entries<2: raise ValueError(f'out={out} must be a multiple of '
+            f'groups={groups}, and entries={entries} at least 2')
         self.groups,self.entries,self.noise = groups,entries,True
         self.register_buffer('temp', torch.tensor(float(temp)))
         self.scores = nn.Linear(dim, groups*entries)
         nn.init.normal_(self.scores.weight); nn.init.zeros_(self.scores.bias) # as the authors do
         self.codes = nn.Parameter(torch.rand(groups, entries, out//groups))
 
-    def forward(self,
-        z # (...,dim)
-    ): # code (...,out), p (...,G,V) plain softmax, number of the vector chosen (...,G)
-        l = self.scores(z).unflatten(-1, (self.groups,self.entries)).float()
-        noisy = self.training and self.noise
-        soft = ((l+gumbel(l) if noisy else l)/self.temp).softmax(-1)
-        number = soft.argmax(-1)
-        hard = F.one_hot(number, self.entries).to(soft.dtype)
-        choice = hard + soft - soft.detach() # value of `hard`, gradient of `soft`
-        code = torch.einsum('...gv,gvd->...gd', choice, self.codes)
-        return code.flatten(-2),l.softmax(-1),number
+# %% ../../nbs/masked/21_wav2vec2.ipynb #05f8e4b1
+@patch
+def forward(self:GumbelQuantizer,
+    z # (...,dim)
+): # code (...,out), p (...,G,V) plain softmax, number of the vector chosen (...,G)
+    l = self.scores(z).unflatten(-1, (self.groups,self.entries)).float()
+    noisy = self.training and self.noise
+    soft = ((l+gumbel(l) if noisy else l)/self.temp).softmax(-1)
+    number = soft.argmax(-1)
+    hard = F.one_hot(number, self.entries).to(soft.dtype)
+    choice = hard + soft - soft.detach() # value of `hard`, gradient of `soft`
+    code = torch.einsum('...gv,gvd->...gd', choice, self.codes)
+    return code.flatten(-2),l.softmax(-1),number
 
 def gumbel(
     l # Any tensor
@@ -99,10 +101,10 @@ def diversity_loss(
     mean = p.sum(0)/max(1, len(p)) # (G,V)
     return 1-perplexity(mean).sum()/mean.numel()
 
-# %% ../../nbs/masked/21_wav2vec2.ipynb #e598c23a
+# %% ../../nbs/masked/21_wav2vec2.ipynb #e5dc8f15
 class Wav2Vec2(FrameMethod):
     "Contrastive prediction of the learned codes of hidden frames (Baevski et al. 2020)"
-    recipe = dict(epochs=8, batch_size=64, lr=2e-3, wd=0.05)
+    recipe = dict(epochs=20, batch_size=64, lr=5e-3, wd=0.05, beta2=0.98)
     def __init__(self,
         encoder, # A `FrameEncoder`
         groups:int=2, entries:int=64, # Codebooks and vectors in each; 2 and 320 in sec. 4.2
