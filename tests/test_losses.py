@@ -96,8 +96,12 @@ EXAMPLES = {
     'pretext.next_frame': dict(next_frame_loss=[images, spoil(images)], skill=[images, spoil(images), spoil(images)]),
     'pretext.frame_order': dict(order_loss=[r(32,12), ints(12, 32)]),
     'pretext.sentence_order': dict(order_loss=[r(32,2), ints(2, 32)]),
-    'masked.hubert': dict(hubert_loss=[p(4,9,12), ints(12, 4, 9), p(4,9)<0.5, p(4,9)<0.5, 0.7, 0.1], nearest=[r(4,9,3), r(7,3)]),
-    'masked.masked_frames': dict(masked_l1=[r(4,9,12), r(4,9,12), p(4,9,12)<0.5]),
+    'pretext.undistort': dict(undistort_loss=[r(4,9,12), r(4,9,12), p(4,9)<0.5]),
+    'contrastive.speaker': dict(speaker_loss=[z, spoil(z), 0.1]),
+    'masked.frames': dict(perplexity=[p(4,9)/9]),
+    'masked.wav2vec2': dict(
+        wav2vec2_loss=[r(6,4), r(6,4), torch.tensor([[1,2],[0,2],[0,1],[4,5],[3,5],[3,4]]), 0.1], diversity_loss=[p(6,2,5)/5]),
+    'masked.best_rq': dict(best_rq_loss=[r(6,2,5), ints(5, 6, 2)]),
     'masked.hubert': dict(hubert_loss=[p(4,9,12), ints(12, 4, 9), p(4,9)<0.5, p(4,9)<0.5, 0.7, 0.1], nearest=[r(4,9,3), r(7,3)]),
     'masked.masked_frames': dict(masked_l1=[r(4,9,12), r(4,9,12), p(4,9,12)<0.5]),
 }

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
+from ..core.heads import in_full_precision
 from ..core.masks import spread
 from ..core.method import Method, check_modality
 from ..data.mel import log_mel, real_frames, window_and_hop
@@ -61,6 +62,7 @@ def mel_frames(
     return ((m-mean)/(std+0.1)*ok).reshape(len(m), N, 2*n_mels),real
 
 # %% ../../nbs/masked/00_frames.ipynb #24354c69
+@in_full_precision
 def perplexity(
     p # (...,V) shares of V codes, which sum to 1
 ): # (...) from 1 (always the same) to V (all equally often)
