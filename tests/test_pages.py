@@ -15,7 +15,8 @@ PAGES = [ # those brought down to the limit so far
     'masked/00_hidden', 'masked/00_left_to_right', 'masked/00_tubelets', 'masked/00_words', 'masked/01_mae', 'masked/02_simmim',
     'masked/03_beit', 'masked/04_maskfeat', 'masked/05_data2vec', 'masked/06_ijepa', 'masked/07_ibot',
     'masked/08_next_patch', 'masked/09_vjepa', 'masked/10_lewm', 'masked/11_bert', 'masked/12_electra', 'masked/13_gpt',
-    'masked/14_llama', 'masked/15_diffusion_text', 'masked/16_sentence_pairs', 'masked/17_bert_encoder']
+    'masked/14_llama', 'masked/15_diffusion_text', 'masked/16_sentence_pairs', 'masked/17_bert_encoder',
+    'masked/00_frames', 'masked/21_wav2vec2', 'masked/23_best_rq']
 
 
 def words(text):
