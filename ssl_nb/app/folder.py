@@ -49,6 +49,7 @@ def which_data(
     raise ValueError(f'{data!r} is {named[data]}, but this method asks about '
                      f'{" or ".join(kinds)}; use {first!r} or a path')
 
+# %% ../../nbs/app/01_folder.ipynb #21036418
 def _there(path, data, named, kinds):
     if data in named: warnings.warn(f'{data!r} is read from {path}, and not the set of that name '
                                     'that comes with the library', stacklevel=3)
