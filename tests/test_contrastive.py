@@ -13,7 +13,7 @@ from ssl_nb.core.method import check_method, find_methods
 from ssl_nb.core.views import TokenViews
 
 METHODS = family()
-ABOUT_IMAGES = {'cpc'}  # asks about patches
+ABOUT_IMAGES = {'cpc'}  # asks about patches or pieces of sound
 
 
 def build(name, info, encoder='small_cnn', **kwargs):

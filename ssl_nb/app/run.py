@@ -106,6 +106,7 @@ def what_was_read(
 
 def _shape(x):
     s = x.shape[1:]
+    if x.dtype==torch.int16: return f'{s.numel():,} samples of sound'
     if len(s)<2: return f'{s.numel()} {"numbers" if x.is_floating_point() else "tokens"}'
     c,*frames,h,w = s if len(s)>2 else (1,*s)
     many = f'{frames[0]} frames of ' if frames else ''
