@@ -2790,6 +2790,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'ssl_nb/transfer/speech_to_text.py'),
                                                 'ssl_nb.transfer.speech_to_text._optimizer': ( 'transfer/speech_to_text.html#_optimizer',
                                                                                                'ssl_nb/transfer/speech_to_text.py'),
+                                                'ssl_nb.transfer.speech_to_text._step': ( 'transfer/speech_to_text.html#_step',
+                                                                                          'ssl_nb/transfer/speech_to_text.py'),
                                                 'ssl_nb.transfer.speech_to_text._takes': ( 'transfer/speech_to_text.html#_takes',
                                                                                            'ssl_nb/transfer/speech_to_text.py'),
                                                 'ssl_nb.transfer.speech_to_text.beam_search': ( 'transfer/speech_to_text.html#beam_search',
