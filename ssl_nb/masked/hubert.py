@@ -83,7 +83,7 @@ class HuBERT(FrameMethod):
         width = 80 if first is None else first.num_features # two slices of 40 bands
         self.register_buffer('centroids', torch.randn(clusters, width))
 
-# %% ../../nbs/masked/22_hubert.ipynb #e9e99b7f
+# %% ../../nbs/masked/22_hubert.ipynb #da9feafd
 @patch
 @torch.no_grad()
 def described(self:HuBERT,
@@ -94,6 +94,7 @@ def described(self:HuBERT,
     if self.teacher is not None: m = self.teacher.eval().hidden(x)[self.layer]
     return m,torch.ones(m.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
 
+# %% ../../nbs/masked/22_hubert.ipynb #555bdd34
 @patch
 def sort(self:HuBERT,
     dl, # Batches (x, y)
