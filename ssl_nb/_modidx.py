@@ -320,6 +320,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'ssl_nb/benchmarks/shakespeare.py'),
                                                'ssl_nb.benchmarks.shakespeare.train': ( 'benchmarks/shakespeare.html#train',
                                                                                         'ssl_nb/benchmarks/shakespeare.py')},
+            'ssl_nb.benchmarks.sounds': { 'ssl_nb.benchmarks.sounds.stored': ( 'benchmarks/sounds.html#stored',
+                                                                               'ssl_nb/benchmarks/sounds.py')},
             'ssl_nb.benchmarks.tiny_encoders': { 'ssl_nb.benchmarks.tiny_encoders.main': ( 'benchmarks/tiny_encoders.html#main',
                                                                                            'ssl_nb/benchmarks/tiny_encoders.py'),
                                                  'ssl_nb.benchmarks.tiny_encoders.parser': ( 'benchmarks/tiny_encoders.html#parser',
