@@ -34,13 +34,17 @@ class PredictAhead(nn.Module):
 
 # %% ../../nbs/contrastive/08_cpc.ipynb #88e42b97
 def _pairs(z, p, first, real=None):
-    "For each distance: predictions (N,D), and the places (N,) of their targets among the keys"
+    "(keys (N,D), for each distance: predictions and the places of their targets among the keys)"
     check_inputs(z=z, p=p.shape[:2]+p.shape[3:])
     (B,T),K = z.shape[:2],p.shape[2]
     if not first <= K < T: raise ValueError(f'{T} steps are too few to predict {K} ahead')
-    real = torch.ones(B, T, dtype=torch.bool, device=z.device) if real is None else real
-    place = (real.flatten().cumsum(0)-1).view(B, T) # among the real steps
-    return [(p[:,:-k,k-1][real[:,k:]], place[:,k:][real[:,k:]]) for k in range(first, K+1)]
+    n = torch.arange(B*T, device=z.device) if real is None else real.flatten().cumsum(0)-1
+    place = n.view(B, T) # among the real steps
+    def at(o, k): return o.flatten(0,1) if real is None else o[real[:,k:]]
+    pairs = [(at(p[:,:-k,k-1], k), at(place[:,k:], k)) for k in range(first, K+1)]
+    pairs = [o for o in pairs if len(o[0])]
+    if not pairs: raise ValueError(f'no sequence is long enough to predict {first} ahead')
+    return at(z, 0),pairs
 
 @in_full_precision
 def cpc_loss(
@@ -50,10 +54,8 @@ def cpc_loss(
     real=None # (B,T) True at steps, False at padding, which comes last; None: no padding
 ): # Scalar: mean over sequences, steps and distances
     "Find the predicted latent among all latents of the batch (van den Oord et al. 2018, eq. 4)"
-    keys = z.flatten(0,1) if real is None else z[real] # (N,D)
-    pairs = _pairs(z, p, first, real)
-    losses = [log_sum_exp(q, keys, 1.) - (q*keys[own]).sum(1) for q,own in pairs if len(q)]
-    if not losses: raise ValueError(f'no sequence is long enough to predict {first} ahead')
+    keys,pairs = _pairs(z, p, first, real)
+    losses = [log_sum_exp(q, keys, 1.) - (q*keys[own]).sum(1) for q,own in pairs]
     return torch.stack([l.mean() for l in losses]).mean()
 
 # %% ../../nbs/contrastive/08_cpc.ipynb #5d704439
@@ -66,8 +68,8 @@ def ahead_accuracy(
     real=None # (B,T) as for `cpc_loss`
 ): # Scalar
     "How often does the right latent score best of all in the batch? Mean over the distances"
-    keys = z.flatten(0,1) if real is None else z[real]
-    right = [(q @ keys.T).argmax(1)==own for q,own in _pairs(z, p, first, real) if len(q)]
+    keys,pairs = _pairs(z, p, first, real)
+    right = [(q @ keys.T).argmax(1)==own for q,own in pairs]
     return torch.stack([r.float().mean() for r in right]).mean()
 
 # %% ../../nbs/contrastive/08_cpc.ipynb #330618f7
@@ -83,9 +85,8 @@ def patches(
 @in_full_precision
 def _agree(z, p, first=1, real=None):
     "One minus the cosine of prediction and latent: no negatives; only to show what they are for"
-    keys = z.flatten(0,1) if real is None else z[real]
-    pairs = _pairs(z, p, first, real)
-    cos = [F.cosine_similarity(q, keys[own]) for q,own in pairs if len(q)]
+    keys,pairs = _pairs(z, p, first, real)
+    cos = [F.cosine_similarity(q, keys[own]) for q,own in pairs]
     return 1-torch.stack([c.mean() for c in cos]).mean()
 
 # %% ../../nbs/contrastive/08_cpc.ipynb #8062d04c

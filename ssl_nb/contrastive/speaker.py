@@ -15,7 +15,7 @@ from ..core.views import uniform
 from .infonce import info_nce, positive_accuracy
 from .joint_embedding import JointEmbedding
 from ..data.mel import real_samples
-from ..data.sound_views import AudioViews, Band, Gain, Noise, segment
+from ..data.sound_views import AudioViews, audio_views, segment
 
 # %% ../../nbs/contrastive/21_speaker.ipynb #7ef68981
 @in_full_precision
@@ -50,10 +50,8 @@ def channel_views(
     noise=(5.,30.) # Signal-to-noise ratio in decibels; None or 0 leaves an operator out
 )->AudioViews:
     "Another microphone for each piece: loudness, filter and hiss; the voice stays"
-    if not rate>0: raise ValueError(f'rate must be above 0 samples a second, got {rate}')
-    ops = [(gain, lambda: Gain(gain)), (band, lambda: Band(rate, p=band)),
-           (noise, lambda: Noise(noise, 0.8))]
-    return AudioViews(*[op() for on,op in ops if on])
+    return audio_views(rate, gain=gain, band=band, noise=noise, p=0.8, shift=None, speed=None,
+                       pitch=None, reverb=None, hole=None)
 
 # %% ../../nbs/contrastive/21_speaker.ipynb #1324d8e4
 class SpeakerContrast(JointEmbedding):
