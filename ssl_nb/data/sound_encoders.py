@@ -136,7 +136,7 @@ class FrameEncoder(nn.Module):
     def __init__(self,
         rate:int=8000, # Samples a second
         length:int=6400, # Samples in a clip of the training data; others may be shorter or longer
-        dim:int=96, depth:int=3, heads:int=4, mlp:int=4, # Of the transformer; mlp times dim
+        dim:int=64, depth:int=3, heads:int=4, mlp:int=2, # Of the transformer; mlp times dim
         front:str='mel', # What makes the frames: 'mel' or 'wave'
         hop:int=160, # Samples in a frame, even
         n_mels:int=40, mean=(), std=(), # Of the front 'mel'; see `MelFrames`
