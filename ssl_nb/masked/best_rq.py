@@ -38,10 +38,10 @@ def best_rq_loss(
     total = F.cross_entropy(logits.flatten(0,1), codes.flatten(), reduction='sum')
     return total/max(1, codes.numel())
 
-# %% ../../nbs/masked/23_best_rq.ipynb #521a9e46
+# %% ../../nbs/masked/23_best_rq.ipynb #c73ad092
 class BESTRQ(FrameMethod):
     "Predict the random-projection codes of hidden frames (Chiu et al. 2022)"
-    recipe = dict(epochs=20, batch_size=64, lr=5e-3, wd=0.05, beta2=0.98)
+    recipe = dict(epochs=20, batch_size=32, lr=5e-3, wd=0.05, beta2=0.98)
     def __init__(self,
         encoder, # A `FrameEncoder`
         codes:int=64, # V, codes in a book; 8192 in the paper
