@@ -224,6 +224,16 @@ def test_gumbel_quantizer_is_torchs_gumbel_softmax():
     assert torch.equal(gq(z)[2], l.argmax(-1)) and torch.equal(gq(z)[2], gq(z)[2])
 
 
+def test_one_choice_is_one_code_to_the_last_bit():
+    "What is left out as a distractor is compared exactly: rounding in the straight-through choice must not part two frames"
+    torch.manual_seed(0)
+    gq = GumbelQuantizer(8, groups=2, entries=3).train()
+    code, _, number = gq(torch.randn(300, 8))
+    same = (number[:, None] == number[None]).all(-1)
+    assert same.sum() > 3000
+    assert torch.equal(same, (code[:, None] == code[None]).all(-1))
+
+
 def test_diversity_is_the_authors_form():
     "fairseq: (number of vectors - perplexity)/number of vectors, perplexity summed over the books"
     torch.manual_seed(0)
