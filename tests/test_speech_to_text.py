@@ -108,6 +108,19 @@ def test_word_errors_by_hand():
         with pytest.raises(ValueError, match='as many guesses as truths'): word_errors(guesses, truths)
 
 
+JIWER = [ # guesses, truths, jiwer.wer(truths, guesses) of jiwer 4.0.0
+    (['four two five seven', 'one eight eight three', 'five two zero'], ['seven four two five', 'nine eight nine three', 'five two'], 0.5),
+    (['five three four seven one seven', 'one eight', 'two five'], ['eight three seven seven', 'one', 'two eight one five zero'], 0.7),
+    (['three nine one one', '', 'six eight five two'], ['zero six one one', 'eight', 'six eight five five two'], 0.4),
+    (['six nine zero one', 'four five zero', 'zero zero eight four six'], ['six nine six zero one', 'six five', 'zero eight one six'], 0.454545),
+    (['zero', '', 'one'], ['seven', 'eight three', 'one nine six'], 0.833333),
+    (['nine', 'six six six five', 'one four seven seven eight'], ['two nine', 'six six five', 'one three seven eight zero'], 0.5)]
+
+
+@pytest.mark.parametrize('guesses,truths,wer', JIWER)
+def test_word_errors_of_jiwer(guesses, truths, wer): assert word_errors(guesses, truths)==pytest.approx(wer, abs=1e-6)
+
+
 # --- the data ---
 
 def test_sequences_are_takes_of_one_voice_one_after_the_other():
