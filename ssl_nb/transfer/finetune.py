@@ -110,6 +110,17 @@ def _linear(encoder, dls, label):
                                 + ', '.join(str(names[c]) for c in sorted(unseen)))
     return nn.Linear(encoder.num_features, len(names))
 
+# %% ../../nbs/transfer/00_finetune.ipynb #cccfbf12
+def _model(encoder, dls, head, frozen, label, seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        head = copy.deepcopy(head) if head is not None else _linear(encoder, dls, label)
+    model = EncoderHead(copy.deepcopy(encoder), head, frozen).to(dls.device)
+    _try_out(model, dls)
+    return model
+
+def _groups(m): return [*encoder_groups(m.encoder), list(m.head.parameters())]
+
 @torch.no_grad()
 def _try_out(model, dls):
     "Can the encoder read these data at all?"
@@ -130,22 +141,16 @@ def finetune(
     layer_decay:float=0.7, # Factor on the rate from each group to the one before; 1 is one rate
     views=None, # Random views of the training samples
     metrics=(), # fastai metrics, measured on `dls.valid`
-    wd:float=0.01, seed:int=0,
-    label:str=None, # Which label, where samples have several; the first by default
-    cbs=() # More fastai callbacks
+    wd:float=0.01, seed:int=0, cbs=(), # More fastai callbacks
+    label:str=None # Which label, where samples have several; the first by default
 )->Learner: # Trained; its model is an `EncoderHead`
     "Train a head, and the encoder below it as far as `train` says"
     if train not in TRAIN: raise ValueError(did_you_mean(str(train), TRAIN, 'train'))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        head = copy.deepcopy(head) if head is not None else _linear(encoder, dls, label)
-    model = EncoderHead(copy.deepcopy(encoder), head, train=='head').to(dls.device)
-    _try_out(model, dls)
-    split = lambda m: [*encoder_groups(m.encoder), list(m.head.parameters())]
-    rates = layer_rates(lr, len(split(model)), layer_decay)
+    model = _model(encoder, dls, head, train=='head', label, seed)
+    rates = layer_rates(lr, len(_groups(model)), layer_decay)
     own = [EpochSeed(seed), *precision_cbs(dls.device), *cbs]
     if hasattr(dls, 'info'): own.append(OneLabel(views, dls.info, label))
-    learn = Learner(dls, model, splitter=split, metrics=list(metrics), cbs=own, wd=wd,
+    learn = Learner(dls, model, splitter=_groups, metrics=list(metrics), cbs=own, wd=wd,
                     loss_func=loss or partial(F.cross_entropy, ignore_index=-1),
                     opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
     with learn.no_bar(), learn.no_logging(): _fit(learn, train, epochs, rates)
