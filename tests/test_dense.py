@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.data.core import DataLoaders
 from PIL import Image
 from sklearn.metrics import jaccard_score
 from torch import nn
@@ -14,6 +15,7 @@ from ssl_nb.core.loader import DataInfo
 from ssl_nb.data.scenes import draw_scenes
 from ssl_nb.transfer.detection import (average_precision, blobs, centerness, check_boxes, crops, detect, detector, fit_detector, ranked_precision,
                                        read_boxes, scene_boxes)
+from ssl_nb.transfer.finetune import finetune
 from ssl_nb.transfer.segmentation import (VOID, LinearMapHead, Pyramid, Segmenter, UNetHead, few_masks, fit_masks, iou, mask_dls, mask_folder, mean_iou,
                                           neighbourhoods, pca_rgb, pixel_confusion, pixel_loss, predict_masks, scene_masks)
 
@@ -146,6 +148,16 @@ def test_a_frozen_segmenter_changes_its_head_only(scenes):
     fit_masks(model, dls, encoder_lr=0.)
     now = model.encoder.state_dict()
     assert all(torch.equal(v, now[k]) for k,v in enc.state_dict().items()) and not torch.equal(head, model.head.scores.weight)
+
+
+@pytest.mark.parametrize('train', ['head','all'])
+def test_the_linear_head_fits_into_finetune(scenes, train):
+    y,enc = scene_masks(scenes),encoder(channels=(8,16,24,32))
+    dls = few_masks(mask_dls([(scenes.image, y), (scenes.image, y)], [str(i) for i in range(11)]), 8, steps=30, bs=4)
+    model = finetune(enc, DataLoaders(*dls.loaders), head=LinearMapHead(32, 11), loss=pixel_loss, train=train, epochs=1, lr=1e-2).model
+    assert pixel_loss(model(scenes.image/255).cpu(), y).item() < np.log(11)-0.2 # all classes alike: log 11
+    moved = not torch.equal(enc.model.body[0].weight, model.encoder.model.body[0].weight)
+    assert moved==(train=='all')
 
 
 # --- masks: loaders, baseline, picture ---
