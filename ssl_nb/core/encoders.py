@@ -612,6 +612,10 @@ def _takes(enc):
     return {k: enc.args[k] for k in names if k in enc.args}
 
 # %% ../../nbs/core/05_encoders.ipynb #e4822a57
+def _alike(a, b):
+    "Are they for one kind of data: of one class, or of classes that say they take the same?"
+    return type(a) is type(b) or getattr(a, 'takes', None)==getattr(b, 'takes', ())
+
 def _begun(folder, info, pretrained, kwargs):
     "The encoder of a folder, to train it further on data that it fits"
     given = ['pretrained']*bool(pretrained) + list(kwargs)
@@ -620,9 +624,9 @@ def _begun(folder, info, pretrained, kwargs):
     folder,kind = Path(folder).expanduser(),get_kind(info.kind)
     if (folder/'encoder').is_dir(): folder = folder/'encoder'
     enc,usual = load_encoder(folder),kind.encoder(kind.default_encoder, info)
-    its,ours = type(enc).__name__,type(usual).__name__
-    if its!=ours: raise ValueError(f'{folder} does not fit data of the kind {info.kind!r}: it '
-                                   f'holds {its}, not {ours}')
+    if not _alike(enc, usual): raise ValueError(
+        f'{folder} does not fit data of the kind {info.kind!r}: it holds {type(enc).__name__}, not '
+        f'{type(usual).__name__}')
     wrong = _misfit(enc, info)
     if wrong: raise ValueError(f'{folder} does not fit this data: it was made for {wrong[0]}, '
                                f'not for {wrong[1]}{wrong[2]}')
