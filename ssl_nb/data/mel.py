@@ -87,10 +87,11 @@ def log_mel(
     _check_mel(rate, n_fft, hop, n_mels)
     x = _waves(x)
     with torch.autocast(x.device.type, enabled=False):
-        x = x if x.dtype==torch.float64 else x.float()
+        kind = torch.float64 if x.dtype==torch.float64 else torch.float32
+        x = x.double() if x.device.type!='mps' else x.float() # which has no float64
         w = torch.hann_window(n_fft, dtype=x.dtype, device=x.device)
         s = torch.stft(x, n_fft, hop, window=w, pad_mode='constant', return_complex=True)
-        power = s.real**2 + s.imag**2
+        power = (s.real**2 + s.imag**2).to(kind)
         return (mel_filters(rate, n_fft, n_mels).to(power) @ power).clamp(min=floor).log()
 
 # %% ../../nbs/data/10_mel.ipynb #7b5de26c

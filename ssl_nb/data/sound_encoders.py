@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from ..core.common import did_you_mean
-from ..core.encoders import feature_map, image_encoder
+from timm.models.resnet import ResNet
+from ..core.encoders import SmallCNN, feature_map, image_encoder
 from ..core.loader import DataInfo
 from ..core.masks import gather_tokens
 from .mel import log_mel, real_frames, real_samples
@@ -112,7 +113,7 @@ class WaveFrames(nn.Module):
 def forward(self:WaveFrames, x):
     "(B,N,dim)"
     n,frames,step = real_samples(x),x.shape[-1]//self.hop,1
-    h = x.view(len(x), 1, -1)[:,:,:frames*self.hop]
+    h = x.view(-1, 1, x.shape[-1])[:,:,:frames*self.hop]
     for i,(conv,s) in enumerate(zip(self.convs, self.steps)):
         h,step = conv(F.pad(h, (s//2, s-s//2))),step*s
         real = real_frames(n, step, h.shape[2])
@@ -237,6 +238,15 @@ def tokens(self:FrameEncoder, x, keep=None):
 def forward(self:FrameEncoder, x): return masked_mean(*self.tokens(x))
 
 # %% ../../nbs/data/13_sound_encoders.ipynb #848c2a1c
+@torch.no_grad()
+def _pixels_a_column(net, size):
+    "How many columns of a picture make one of the feature map"
+    wide,was = 32*size,net.training
+    n = feature_map(net.eval(), torch.zeros(1, 1, size, wide)).shape[3]
+    net.train(was)
+    return round(wide/n)
+
+# %% ../../nbs/data/13_sound_encoders.ipynb #4fd56cb9
 class MelPictures(nn.Module):
     "An encoder of images that looks at the log-mel picture of a sound"
     takes = ('rate',) # what the data must agree with
@@ -244,7 +254,7 @@ class MelPictures(nn.Module):
         name:str='small_cnn', # Any encoder of images
         rate:int=8000, length:int=6400, # Samples a second, and in a clip
         n_mels:int=40, mean=(), std=(), # See `MelFrames`
-        size:int=40, # Side of the picture in pixels: time is squeezed or stretched to it
+        size:int=40, # Rows of the picture, and columns for a clip of `length`
         keep_stem:bool=False # For `image_encoder`
     ):
         super().__init__()
@@ -255,22 +265,34 @@ class MelPictures(nn.Module):
         self.mel = MelFrames(rate, 2*(rate//100), 1, n_mels, list(mean), list(std))
         del self.mel.project
         self.num_features,self.size = self.net.num_features,size
+        self.columns = isinstance(self.net.model, (SmallCNN, ResNet)) # any width, mean of the map
+        if self.columns: self.step = _pixels_a_column(self.net, size)
 
 # %% ../../nbs/data/13_sound_encoders.ipynb #890e9dab
 @patch
 def picture(self:MelPictures, x):
-    "(B,1,size,size) the normalised log-mel picture"
-    m = self.mel.normalised(x)[:,None]
-    return F.interpolate(m, (self.size,self.size), mode='bilinear', antialias=True)
+    "(B,1,size,columns) the normalised log-mel picture, 0 where there is padding"
+    m = self.mel.normalised(x)
+    m = _silent(m.mT, real_frames(x, self.mel.hop//2, m.shape[2])).mT[:,None]
+    wide = max(1, round(self.size*x.shape[-1]/self.args['length'])) if self.columns else self.size
+    return F.interpolate(m, (self.size,wide), mode='bilinear', antialias=True)
 
 @patch
 def forward_features(self:MelPictures, x): return self.net.forward_features(self.picture(x))
-@patch
-def forward(self:MelPictures, x): return self.net(self.picture(x))
+
 @patch
 def tokens(self:MelPictures, x, keep=None):
-    "(B,N,D): the places of the feature map row by row, and None; see `ImageEncoder.tokens`"
-    return self.net.tokens(self.picture(x), keep)
+    "(B,N,D): the places of the feature map row by row, and which begin in the sound (B,N) or None"
+    if keep is not None or not self.columns: return self.net.tokens(self.picture(x), keep)
+    h = feature_map(self.net, self.picture(x))
+    rows,n = h.shape[2:]
+    pixel = self.args['length']/self.size # in samples
+    real = real_frames(real_samples(x)/pixel, self.step, n)
+    return h.flatten(2).mT,None if real is None else real.repeat(1, rows)
+
+@patch
+def forward(self:MelPictures, x):
+    return masked_mean(*self.tokens(x)) if self.columns else self.net(self.picture(x))
 
 # %% ../../nbs/data/13_sound_encoders.ipynb #7f8066df
 OWN = dict(small_audio=dict(front='mel'), small_wave=dict(front='wave'))
