@@ -274,6 +274,41 @@ def test_commands_on_a_folder_of_sounds(sounds, tmp_path):
     assert main(['compare', '--data', str(sounds), '--methods', 'simclr', '--epochs', '1', '--workers', '1', '--out', str(tmp_path/'c'), '--device', 'cpu'])==0
 
 
+def test_what_a_folder_of_sounds_was_told_is_kept(sounds, tmp_path, capsys):
+    from ssl_nb.app.cli import main
+    run,pattern = tmp_path/'run',r'_(?P<speaker>[a-z])\.'
+    told = ['--rate', '8000', '--clip-seconds', '0.3', '--pattern', pattern]
+    usual = ['--epochs', '1', '--batch-size', '8', '--device', 'cpu', '--no-supervised']
+    assert main(['pretrain', 'simclr', '--data', str(sounds), '--out', str(run), '--encoder', 'small_mel_cnn', *told, *usual])==0
+    cfg = json.loads((run/'config.json').read_text())
+    assert [cfg[k] for k in ('rate','clip_seconds','pattern')]==[8000,0.3,pattern]
+    assert (cfg['info']['rate'],cfg['info']['length'])==(8000,2400) and [*cfg['info']['classes']]==['class','speaker']
+    assert main(['report', str(run), '--device', 'cpu', '--no-supervised'])==0
+    assert main(['embed', str(run), str(sounds), '--out', str(tmp_path/'f.parquet'), '--device', 'cpu'])==0
+    assert set(pd.read_parquet(tmp_path/'f.parquet').speaker)=={'a','b'}
+    assert main(['pretrain', 'simclr', '--from', str(run), '--out', str(tmp_path/'on'), *usual])==0
+    on = json.loads((tmp_path/'on/config.json').read_text())
+    assert on['pattern']==pattern and on['info']['length']==2400
+    capsys.readouterr()
+    for args,said in ((['--data', str(sounds), '--out', str(run), '--resume', '--rate', '16000'], 'rate 8000 (now 16000)'),
+                      (['--data', 'digits', '--pattern', pattern], 'leave out pattern'), (['--data', 'spoken', '--rate', '8000'], 'leave out rate'),
+                      (['--data', str(sounds), '--rate', '0'], 'rate must be at least 1000, got 0'),
+                      (['--data', str(sounds), '--clip-seconds', '0'], 'clip_seconds must be at least 0.1'),
+                      (['--data', str(sounds), '--pattern', 'x'], 'names no group')):
+        assert main(['pretrain', 'simclr', '--device', 'cpu', *args])==2
+        assert said in capsys.readouterr().err
+
+
+def test_compare_repeats_what_sounds_were_told(sounds, tmp_path):
+    from ssl_nb.app.compare import next_command
+    from ssl_nb.app.runner import load, settings
+    cfg = settings(sounds, ['simclr'], epochs=1, device='cpu', rate=8000, clip_seconds=0.3, pattern=r'_(?P<speaker>[a-z])\.')
+    assert load(cfg).info.length==2400 and 'speaker' in load(cfg).info.classes
+    best = {'method': 'simclr', 'probe': 90., '± probe': 1., 'agreement': 0.1, 'views': 0.5, 'diagnosis': None}
+    assert r"--rate 8000 --clip-seconds 0.3 --pattern '_(?P<speaker>[a-z])\.'" in next_command(dict(config=cfg, runs=[best]))
+    with pytest.raises(TypeError, match='ratte'): settings(sounds, rate=8000, ratte=1)
+
+
 def test_methods_of_images_refuse_sounds(sounds, capsys):
     from ssl_nb.app.cli import main
     assert main(['pretrain', 'rotation', '--data', str(sounds), '--device', 'cpu'])==2

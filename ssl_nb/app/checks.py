@@ -22,8 +22,8 @@ except ImportError: fcntl = None # Windows
 LIMITS = dict( # setting: least and greatest value; whole numbers where these are
     epochs=(1,10**5), batch_size=(1,10**6), samples=(1,10**9), size=(4,4096), seeds=(1,10**4),
     seed=(0,2**32-1), workers=(1,1024), lr=(1e-12,1e38), wd=(0.,10.), seconds=(0.1,1e7),
-    save_seconds=(0.,1e9), save_steps=(1,10**9))
-WORDS,FLAGS = ('method','kind','encoder','device'),('pretrained','supervised','resume')
+    save_seconds=(0.,1e9), save_steps=(1,10**9), rate=(1000,192000), clip_seconds=(0.1,600.))
+WORDS,FLAGS = ('method','kind','encoder','device','pattern'),('pretrained','supervised','resume')
 
 def check_settings(
     **given # Settings by name; None stands for the default, and is not looked at

@@ -29,6 +29,19 @@ def parser()->argparse.ArgumentParser:
 
 def _device(p): p.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
 def _encoder(p, default): p.add_argument('--encoder', metavar='TIMM_NAME', help=default)
+
+# %% ../../nbs/app/09_cli.ipynb #9fd123fa
+def _sounds(p):
+    p = p.add_argument_group('folders of sounds')
+    p.add_argument('--rate', type=int, help='samples a second (default: that of most files, at '
+                   'most 16000)')
+    p.add_argument('--clip-seconds', type=float, metavar='S', help='length of a clip; longer files '
+                   'are cut, shorter ones padded (default: that of most files, at most 4)')
+    p.add_argument('--pattern', metavar='REGEX', help='labels from the names of files, a named '
+                   r"group each, such as '_(?P<speaker>\w+)\.'")
+
+def _told(a): return dict(rate=a.rate, clip_seconds=a.clip_seconds, pattern=a.pattern)
+
 def _supervised(p):
     p.add_argument('--no-supervised', dest='supervised', action='store_false',
                    help='leave the rows trained with labels out of the report: they take longest')
@@ -52,6 +65,7 @@ def _pretrain_args(p):
     _device(p)
     p.add_argument('--seed', type=int, help='default: 0')
     _views_args(p.add_argument_group('what the method sees'))
+    _sounds(p)
     _folder_args(p.add_argument_group('folder and report'))
 
 # %% ../../nbs/app/09_cli.ipynb #fefce7b1
@@ -101,6 +115,7 @@ def _compare_args(p):
                    help='at most so many of each split (default: 1000)')
     p.add_argument('--batch-size', type=int, help="default: each method's recipe")
     p.add_argument('--size', type=int, help='side of the images in pixels (default: from the data)')
+    _sounds(p)
     _device(p)
     p.add_argument('--seeds', type=int, default=1, help='trainings of each method (default: 1)')
     p.add_argument('--workers', type=int,
@@ -201,14 +216,14 @@ def _pretrain(a):
     pretrain(a.method, a.data, a.out, a.resume, a.save_seconds, a.save_steps, a.start_from,
              a.supervised, encoder=a.encoder, epochs=a.epochs, batch_size=a.batch_size, lr=a.lr,
              size=a.size, device=a.device, seed=a.seed, pretrained=a.pretrained, set=a.set,
-             views=_views(a), range=_range(a.range))
+             views=_views(a), range=_range(a.range), **_told(a))
 
 def _compare(a):
     from ssl_nb.app.compare import compare_folder
     from ssl_nb.app.runner import method_names
     compare_folder(a.data, method_names(a.methods), a.out, a.workers, a.seeds, encoder=a.encoder,
                    epochs=a.epochs, batch_size=a.batch_size, samples=a.samples, size=a.size,
-                   device=a.device, seconds=a.seconds)
+                   device=a.device, seconds=a.seconds, **_told(a))
 
 def _methods(a): print(*method_lines(), sep='\n')
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .checks import check_settings, pick_device, write_record
-from .folder import builtin_data
+from .folder import builtin_data, sound_settings
 from .runner import candidates, estimate, references, run_many, settings, variant
 from ..core.common import whole_file
 from ..core.learner import seed_everything
@@ -295,6 +295,7 @@ def next_command(
     cls,own = variant(best)
     name = cfg['data'].partition(':')[0]
     given = dict(data=name if name in builtin_data() else cfg['data'], size=cfg['size'])
+    given |= {k.replace('_', '-'): v for k,v in sound_settings(cfg).items()}
     if cfg['encoder'] and not cls.default_encoder: given['encoder'] = cfg['encoder']
     bs,lr = cfg['batch_size'] or cls.recipe['batch_size'],cfg['lr'] or cls.recipe['lr']
     scaled = lr*(bs/cls.recipe['batch_size'])**0.5

@@ -16,7 +16,8 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
 from .checks import check_settings, pick_device, workplace, write_record
 from .folder import (check_same_data, data_seen, how_to_go_on, is_run, read_config,
-                               read_data, resumed, run_config, run_folder, started_from)
+                               read_data, resumed, run_config, run_folder, sound_settings,
+                               started_from)
 from ..core.common import write_json
 from ..core.encoders import create_encoder, load_encoder, save_encoder
 from ..core.learner import Checkpoint, read_state, seed_everything, ssl_learner
@@ -36,7 +37,7 @@ def run_data(
     "The data of a configuration"
     same = {k: cfg[k] for k in ('device','seed')}
     dls = read_data(cfg['kind'], cfg['data'], cfg['size'], kept=kept, range=cfg['range'],
-                    bs=cfg['batch_size'], **same)
+                    sounds=sound_settings(cfg), bs=cfg['batch_size'], **same)
     check_modality(get_method(cfg['method']), dls.info)
     dls.info.views = dls.info.views | cfg['views']
     return dls

@@ -17,9 +17,9 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastai.callback.core import (Callback, CancelFitException, CancelTrainException,
                                   CancelValidException)
-from .checks import (check_settings, method_settings, pick_device, read_record, workplace,
-                               write_record)
-from .folder import builtin_data, read_data, which_data
+from .checks import (check_settings, check_words, method_settings, pick_device,
+                               read_record, workplace, write_record)
+from .folder import SOUNDS, builtin_data, read_data, sound_settings, which_data
 from ..core.common import did_you_mean, end_with_parent
 from ..core.encoders import create_encoder
 from ..core.learner import CollapseMonitor, progress, seed_everything, ssl_learner
@@ -71,12 +71,15 @@ def settings(
     samples:int=None, # At most so many of each part
     size:int=None, # Side of images in pixels
     device=None,
-    seconds:float=None # Of training, of each method: `SECONDS` where there are no `epochs` either
+    seconds:float=None, # Of training, of each method: `SECONDS` where there are no `epochs` either
+    **sounds # Of a folder of sounds: rate, clip_seconds, pattern
 )->dict:
     "Everything that a comparison depends on, besides methods and seeds"
+    check_words(sounds, SOUNDS)
     check_settings(lr=lr, epochs=epochs, batch_size=batch_size, samples=samples, size=size,
-                   encoder=encoder, seconds=seconds)
-    time = dict(seconds=seconds or SECONDS) if seconds or not epochs else {}
+                   encoder=encoder, seconds=seconds, **sounds)
+    sounds = {k: v for k,v in sounds.items() if v is not None}
+    time = sounds | dict(seconds=seconds or SECONDS) if seconds or not epochs else sounds
     name,classes = _classes(data)
     kind,name = which_data(name, _shared_kinds(methods or ()))
     return dict(data=name+classes, kind=kind, encoder=encoder, epochs=epochs, lr=lr, size=size,
@@ -122,10 +125,10 @@ def only(
 
 # %% ../../nbs/app/02_runner.ipynb #7d7d1736
 @lru_cache(2)
-def _load(data, kind, size, samples, device):
+def _load(data, kind, size, samples, device, sounds):
     name,classes = _classes(data)
     limit = None if name in builtin_data() else samples
-    dls = read_data(kind, name, size, limit, bs=128, device=device)
+    dls = read_data(kind, name, size, limit, bs=128, device=device, sounds=dict(sounds))
     asked = [c.strip() for c in classes[1:].split(',')]
     loaders = [only(dl, asked, dls.info) for dl in dls.loaders] if classes else dls.loaders
     return _with(dls, [thin(dl, samples) for dl in loaders])
@@ -140,7 +143,8 @@ def load(
     cfg:dict # From `settings`
 ): # DataLoaders
     "The data of a comparison, in batches of 128 or fewer"
-    return _load(*(cfg[k] for k in ('data','kind','size','samples','device')))
+    own = [cfg[k] for k in ('data','kind','size','samples','device')]
+    return _load(*own, tuple(sound_settings(cfg).items()))
 
 # %% ../../nbs/app/02_runner.ipynb #ba25164b
 def recipe_batch(

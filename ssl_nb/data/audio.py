@@ -185,7 +185,8 @@ def audio_dls(
     used = np.sort(np.concatenate(parts))
     rate,length = _format([l.files[i] for i in used], l.root, rate, seconds)
     _check_room(l.root, len(used), length, device)
-    info = AudioInfo(name or _stem(path), rate=rate, length=length, classes=classes, read=read)
+    info = AudioInfo(name or _stem(path), rate=rate, length=length, classes=classes, read=read,
+                     pattern=pattern or '')
     x,good = _load([l.files[i] for i in used], l.root, info, workers)
     return _divide(x, used[good], l, y, parts, info, valid, bs, device, seed)
 
@@ -242,6 +243,11 @@ def _divide(x, ids, l, y, parts, info, valid, bs, device, seed):
     return dls
 
 # %% ../../nbs/data/14_audio.ipynb #d424c705
+def _named_as_before(l, pattern):
+    "The labels that names of these files have by the pattern of the training data, if they do"
+    try: return named_labels(l, pattern)
+    except ValueError: return l # other files, with names of their own
+
 def audio_dl(
     path, # Folder of sound files, a table, or one file
     info:AudioInfo, # Of the encoder's training data: `rate` and `length` are used
@@ -249,6 +255,7 @@ def audio_dl(
 )->ResidentDL: # In the order of its `files`
     "All sounds under a folder, unshuffled, as an encoder trained on `info` wants them"
     l = sound_listing(path)
+    if info.pattern: l = _named_as_before(l, info.pattern)
     warn_left(l)
     _check_room(l.root, len(l.files), info.length, device)
     info = replace(info, read='', skipped=0)
@@ -266,9 +273,9 @@ class Audio(Kind):
     encoders = {} # name -> class: what notebooks of methods add
 
     @classmethod
-    def read(cls, path, bs=64, device=None, seed=0, size=None, limit=None, kept=None, **kwargs):
+    def read(cls, path, bs=64, size=None, kept=None, rate=None, seconds=None, pattern=None, **kw):
         if size: raise ValueError('sounds have no side in pixels; leave out the size')
-        return audio_dls(path, bs=bs, device=device, seed=seed, limit=limit, **kwargs)
+        return audio_dls(path, rate, seconds, bs, pattern=pattern, **kw)
 
     @classmethod
     def suits(cls, path):

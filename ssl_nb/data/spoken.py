@@ -118,6 +118,7 @@ class AudioInfo(DataInfo):
     kind:str='audio'
     rate:int=8000 # samples a second
     length:int=6400 # samples in a clip
+    pattern:str='' # what reads labels from the names of files
 
 def band_stats(
     x, # (N,1,T) clips, int16 or float in [-1,1]
