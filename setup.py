@@ -25,7 +25,7 @@ setup(
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','transfer')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','transfer','export')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': ['ssl_nb=ssl_nb._modidx:d']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',

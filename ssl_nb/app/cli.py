@@ -24,6 +24,9 @@ def parser()->argparse.ArgumentParser:
     _embed_args(add('embed', help='write the features of all files, with names, labels and parts'))
     _map_args(add('map', help='one HTML file with all images, near-duplicates and outliers'))
     _generate_args(add('generate', help='let a language model go on with a text'))
+    _finetune_args(add('finetune', help='train and judge a classifier on the encoder of a run'))
+    _predict_args(add('predict', help='predict the class of files, by a fine-tuned classifier'))
+    _export_args(add('export', help='write the encoder for timm, ONNX, TorchScript or the hub'))
     _docs_args(add('docs', help='build the site from the notebooks'))
     return p
 
@@ -155,6 +158,34 @@ def _generate_args(p):
     p.add_argument('--seed', type=int, default=0)
     _device(p)
 
+# %% ../../nbs/app/09_cli.ipynb #672ab5e9
+def _finetune_args(p):
+    p.add_argument('run', nargs='?', help='folder of the run (none with --encoder)')
+    p.add_argument('data', help='folder or table with labels, or the name of the run\'s data')
+    p.add_argument('--labels', type=int, metavar='N', help='labels per class (default: all)')
+    p.add_argument('--label', help='which label, where there are several (default: the first)')
+    p.add_argument('--train', choices=('all','head','gradual'), default='all',
+                   help='the whole network, only the head, or layer by layer (default: all)')
+    p.add_argument('--epochs', type=int, default=20, help='(default: 20)')
+    p.add_argument('--encoder', metavar='TIMM_NAME', help='instead of a run: a timm model')
+    p.add_argument('--pretrained', action='store_true', help='with the weights of its authors')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--out', metavar='DIR', help='folder (default: RUN/finetuned)')
+    _device(p)
+
+def _predict_args(p):
+    p.add_argument('classifier', help='folder that finetune wrote')
+    p.add_argument('files', help='file, folder or table')
+    p.add_argument('--out', default='predictions.csv', help='table (default: predictions.csv)')
+    _device(p)
+
+# %% ../../nbs/app/09_cli.ipynb #98cd6a52
+def _export_args(p):
+    p.add_argument('run', help='folder of the run')
+    p.add_argument('--to', required=True, choices=('timm','onnx','torchscript','hf'),
+                   help='a folder for timm or for the Hugging Face hub, or one file for others')
+    p.add_argument('--out', metavar='DIR', help='folder (default: one of that name in RUN)')
+
 def _docs_args(p):
     p.add_argument('--out', default='_docs', help='folder of the site (default: _docs)')
     p.add_argument('--readme', action='store_true',
@@ -244,6 +275,20 @@ def _generate(a):
     from ssl_nb.app.generate import generate
     print(generate(a.run, a.prompt, a.tokens, a.temp, a.top_k, a.top_p, a.seed, a.device))
 
+# %% ../../nbs/app/09_cli.ipynb #9dd2c8d9
+def _finetune(a):
+    from ssl_nb.app.finetune import finetune_run
+    finetune_run(a.run, a.data, a.out, a.labels, a.train, a.epochs, label=a.label, seed=a.seed,
+                 encoder=a.encoder, pretrained=a.pretrained, device=a.device)
+
+def _predict(a):
+    from ssl_nb.app.finetune import predict_files
+    predict_files(a.classifier, a.files, a.out, a.device)
+
+def _export(a):
+    from ssl_nb.app.export import export_run
+    export_run(a.run, a.to, a.out)
+
 def _docs(a):
     from ssl_nb.app.docs import build_docs, make_readme
     print(make_readme() if a.readme else build_docs(a.out))
@@ -256,7 +301,7 @@ def main(
     a = parser().parse_args(args)
     commands = dict(pretrain=_pretrain, compare=_compare, methods=_methods, report=_report,
                     embed=_embed, map=_map, generate=_generate,
-                    docs=_docs)
+                    finetune=_finetune, predict=_predict, export=_export, docs=_docs)
     try:
         with stoppable(): commands[a.command](a)
     except (ValueError, OSError, FloatingPointError) as e:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIG', 'WEIGHTS', 'AGAIN', 'ImageEncoder', 'vit_features', 'StemConv', 'small_stem', 'small_resnet', 'small_vit',
            'SmallCNN', 'small_cnn', 'patch_size', 'image_encoder', 'create_encoder', 'map_channels', 'feature_map',
-           'TextTransformer', 'text_encoder', 'ConvGRU', 'VideoEncoder', 'video_encoder', 'save_encoder',
+           'TextTransformer', 'text_encoder', 'ConvGRU', 'VideoEncoder', 'video_encoder', 'save_encoder', 'check_keys',
            'load_encoder', 'fresh_encoder']
 
 # %% ../../nbs/core/05_encoders.ipynb #2e3a9177
@@ -115,19 +115,20 @@ def small_vit(pretrained=False, **kwargs):
     own = dict(embed_dim=128, depth=4, num_heads=4, class_token=False, global_pool='avg',
                fc_norm=False)
     model = timm.create_model('vit_tiny_patch16_224', **own | kwargs)
+    model.as_timm = 'vit_tiny_patch16_224',model._model_args # how timm alone builds it
     return _registered(model, 'small_vit', pretrained)
 
 # %% ../../nbs/core/05_encoders.ipynb #b73d6e39
 class SmallCNN(nn.Module):
     "Four 3x3 convolutions with pooling; features are the mean of the last map"
     def __init__(self,
-        in_chans:int=3, num_classes:int=0, # timm's names; there is no classifier
+        in_chans:int=3, num_classes:int=0, # timm's names; without classes there is no classifier
         stem_stride:int=2, # Stride of the first convolution
         channels=(32,64,128,256), # Of the convolutions
         norm:bool=True # Batch normalisation of the last map, after its ReLU?
     ):
         super().__init__()
-        self.num_classes,self.num_features,layers = 0,channels[-1],[]
+        self.num_features,layers = channels[-1],[]
         for i,(a,b) in enumerate(zip((in_chans,*channels), channels)):
             k,s = (max(3, stem_stride),stem_stride) if i==0 else (3,1)
             layers.append(StemConv(a, b, k, s, (k-s+1)//2, bias=False))
@@ -135,16 +136,33 @@ class SmallCNN(nn.Module):
             layers += [nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
         if norm: layers.append(nn.BatchNorm2d(self.num_features))
         self.body = nn.Sequential(*layers)
+        self.reset_classifier(num_classes)
 
     def forward_features(self, x): return self.body(x) # (B,C,h,w)
-    def forward_head(self, x, pre_logits=True): return x.mean((2,3))
     def forward(self, x): return self.forward_head(self.forward_features(x))
+
+# %% ../../nbs/core/05_encoders.ipynb #c1a551f7
+@patch
+def forward_head(self:SmallCNN, x, pre_logits:bool=False):
+    x = x.mean((2,3))
+    return x if pre_logits else self.head(x)
+
+@patch
+def reset_classifier(self:SmallCNN, num_classes:int, global_pool=None):
+    "A new last layer, as timm's models have it; none where there are no classes"
+    self.num_classes = num_classes
+    self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+@patch
+def get_classifier(self:SmallCNN): return self.head
 
 # %% ../../nbs/core/05_encoders.ipynb #4167aaf7
 @_own_model
 def small_cnn(pretrained=False, **kwargs):
     "Four convolutions, 0.4 M parameters, for small images and laptops"
-    kwargs['pretrained_cfg'] = kwargs.get('pretrained_cfg') or dict(architecture='small_cnn')
+    cfg = kwargs.get('pretrained_cfg') or {}
+    cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    kwargs['pretrained_cfg'] = dict(classifier='head') | cfg | dict(architecture='small_cnn')
     return build_model_with_cfg(SmallCNN, 'small_cnn', pretrained, **kwargs)
 
 # %% ../../nbs/core/05_encoders.ipynb #48fac1f0
@@ -405,7 +423,7 @@ class ConvGRU(nn.Module):
     def forward(self,
         x # (B,F,C,h,w) a map for each frame
     ): # (B,F,D,h,w) the state after each frame
-        inputs = self.from_input(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        inputs = self.from_input(x.flatten(0, 1)).unflatten(0, (-1,x.shape[1]))
         h,states = torch.zeros_like(inputs[:,0].chunk(3, 1)[0]),[]
         for t in range(x.shape[1]): # frames, not samples
             (xr,xz,xn),(hr,hz,hn) = inputs[:,t].chunk(3, 1),self.from_state(h).chunk(3, 1)
@@ -456,7 +474,7 @@ def states(self:VideoEncoder,
         raise ValueError(f'this encoder takes clips (B,{c},F,{s},{s}), got {tuple(x.shape)}')
     frames = (x.transpose(1, 2).flatten(0, 1)-self.mean)/self.std
     maps = feature_map(self.net, frames) if isinstance(self.net, ImageEncoder) else self.net(frames)
-    return self.gru(maps.unflatten(0, (len(x),-1)))
+    return self.gru(maps.unflatten(0, (-1,x.shape[2])))
 
 # %% ../../nbs/core/05_encoders.ipynb #23f3cb5f
 @patch
@@ -574,14 +592,32 @@ def _read_weights(folder, cfg):
     except (SafetensorError, OSError) as e:
         raise ValueError(f'{file} is damaged, no safetensors ({_last_line(e)}); {AGAIN}') from None
 
+# %% ../../nbs/core/05_encoders.ipynb #5c7e11ed
+def check_keys(
+    model, # Any module
+    weights:dict # Name -> tensor
+):
+    "`ValueError` that names each weight that is missing, unexpected or of another shape"
+    own,there = [{k: tuple(v.shape) for k,v in d.items()} for d in (model.state_dict(), weights)]
+    wrong = {'missing': [k for k in own if k not in there],
+             'unexpected': [k for k in there if k not in own],
+             'of another shape': [f'{k} {there[k]} instead of {own[k]}' for k in own
+                                  if k in there and own[k]!=there[k]]}
+    said = '; '.join(f'{k}: {", ".join(v)}' for k,v in wrong.items() if v)
+    if said: raise ValueError(f'the weights do not fit {type(model).__name__}: {said}')
+
 # %% ../../nbs/core/05_encoders.ipynb #2548cf59
 def _read_encoder(folder, cfg, weights):
     "Build what the configuration says, and fill it with the weights"
     if cfg['architecture'].startswith('ssl_nb.'):
         enc = _own_class(cfg['architecture'])(**cfg['model_args'])
+        check_keys(enc, weights)
         enc.load_state_dict(weights)
         return enc
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    try: model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except RuntimeError:
+        check_keys(timm.create_model(f'local-dir:{folder}'), weights) # names them all
+        raise
     mean,std = [list(model.pretrained_cfg[k]) for k in ('mean','std')]
     c = model.pretrained_cfg['input_size'][0]
     if not len(mean)==len(std)==c:
