@@ -2865,7 +2865,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ssl_nb/transfer/bias.py'),
                                       'ssl_nb.transfer.bias.usual_or_other': ( 'transfer/bias.html#usual_or_other',
                                                                                'ssl_nb/transfer/bias.py')},
-            'ssl_nb.transfer.captioning': { 'ssl_nb.transfer.captioning.CaptionDecoder': ( 'transfer/captioning.html#captiondecoder',
+            'ssl_nb.transfer.captioning.CaptionDecoder': ( 'transfer/captioning.html#captiondecoder',
                                                                                            'ssl_nb/transfer/captioning.py'),
                                             'ssl_nb.transfer.captioning.CaptionDecoder.__init__': ( 'transfer/captioning.html#captiondecoder.__init__',
                                                                                                     'ssl_nb/transfer/captioning.py'),
