@@ -125,7 +125,7 @@ def _groups(m): return [*encoder_groups(m.encoder), list(m.head.parameters())]
 def _try_out(model, dls):
     "Can the encoder read these data at all?"
     x = dls.train.one_batch()[0][:2]
-    try: model.eval()(x.to(next(model.parameters()).device))
+    try: assert len(model.eval()(x.to(next(model.parameters()).device)))==len(x), 'one row each'
     except Exception as e: raise ValueError(
         f'{type(model.encoder).__name__} and its head cannot read a batch of shape '
         f'{tuple(x.shape)}, {x.dtype}; is the encoder one for another kind of data? ({e})') from e
