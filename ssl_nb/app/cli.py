@@ -278,8 +278,8 @@ def _generate(a):
 # %% ../../nbs/app/09_cli.ipynb #9dd2c8d9
 def _finetune(a):
     from ssl_nb.app.finetune import finetune_run
-    finetune_run(a.run, a.data, a.out, a.labels, a.train, a.epochs, label=a.label, seed=a.seed,
-                 encoder=a.encoder, pretrained=a.pretrained, device=a.device)
+    finetune_run(a.run, a.data, a.out, labels=a.labels, label=a.label, train=a.train, seed=a.seed,
+                 epochs=a.epochs, encoder=a.encoder, pretrained=a.pretrained, device=a.device)
 
 def _predict(a):
     from ssl_nb.app.finetune import predict_files

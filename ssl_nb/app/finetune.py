@@ -7,7 +7,7 @@ __all__ = ['divided_by_class', 'labelled_dls', 'judged', 'least_sure', 'predicti
            'predict_files']
 
 # %% ../../nbs/app/08_finetune.ipynb #34619910
-import shutil
+import shutil, tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..transfer.finetune import TRAIN, EncoderHead, few_labelled, finetune, pred
 from ..transfer.medical import calibration_bins, calibration_error, fit_temperature
 from .checks import check_settings, pick_device, read_record, writable, write_record
 from .embed import facts_of, out_file
-from .folder import get_dls, which_data
+from .folder import builtin_data, get_dls, which_data
 from .run import load_run, run_data
 
 # %% ../../nbs/app/08_finetune.ipynb #7cfeb3cf
@@ -157,12 +157,18 @@ def _from_run(run, label, data, batch_size, device, seed):
     dls,files = labelled_dls(cfg, Path(run).expanduser(), data, label, batch_size, device, seed)
     return enc,dls,files,str(run)
 
-def _from_name(encoder, pretrained, data, batch_size, device, seed):
+def _from_name(encoder, pretrained, label, data, batch_size, device, seed):
+    "The parts are those that a run would be asked about"
     dls = get_dls(data, bs=batch_size, device=device, seed=seed)
-    if not dls.info.classes: raise ValueError(f'{data} has no labels')
     enc = create_encoder(encoder, dls.info, **(dict(pretrained=True) if pretrained else {}))
-    files = getattr(dls.loaders[-1], 'files', None)
-    return enc,dls,files or [f'test/{i}' for i in range(dls.loaders[-1].n)],encoder
+    cfg = dict(info=asdict(dls.info))
+    if which_data(data)[1] in builtin_data():
+        return enc,dls,[f'test/{i}' for i in range(dls.loaders[-1].n)],encoder
+    with tempfile.TemporaryDirectory() as kept:
+        get_kind(dls.info.kind).keep(dls, kept)
+        own,files = labelled_dls(cfg, kept, data, label, batch_size, device, seed)
+    if hasattr(dls, 'tokenizer'): own.tokenizer = dls.tokenizer
+    return enc,own,files,encoder
 
 def _tell(r):
     print(f"test: {r['accuracy']:.1f} % of {r['samples']} right; always the commonest class: "
@@ -186,8 +192,8 @@ def finetune_run(
     out = writable(out or (Path(run).expanduser()/'finetuned' if run else f'finetuned-{encoder}'))
     more = data,batch_size,device,seed
     enc,dls,files,way = (_from_run(run, label, *more) if run else
-                         _from_name(encoder, pretrained, *more))
-    own = few_labelled(dls, labels, seed, label) if labels else dls
+                         _from_name(encoder, pretrained, label, *more))
+    own = dls if labels is None else few_labelled(dls, labels, seed, label)
     model = finetune(enc.to(device), own, train=train, epochs=epochs, lr=lr, seed=seed,
                      label=label).model
     name = label or next(iter(dls.info.classes))
@@ -230,6 +236,10 @@ def _show_unsure(dls, unsure, out):
     fig.savefig(out/'uncertain.png'); plt.close(fig)
 
 # %% ../../nbs/app/08_finetune.ipynb #a46a8f01
+def _head_weights(file):
+    try: return load_file(file)
+    except Exception as e: raise ValueError(f'{file} is damaged ({e}); fine-tune again') from e
+
 def load_finetuned(
     folder # That `finetune_run` wrote
 )->tuple: # (configuration, `EncoderHead`)
@@ -240,7 +250,7 @@ def load_finetuned(
             f'{folder} holds no classifier: {f} is missing; make one by ssl_nb finetune RUN DATA')
     cfg = read_record(folder/'finetune.json', ('classes','temperature','info','label'),
                       'fine-tune again')
-    enc,w = load_encoder(folder/'encoder'),load_file(folder/'head.safetensors')
+    enc,w = load_encoder(folder/'encoder'),_head_weights(folder/'head.safetensors')
     head = nn.Linear(enc.num_features, len(cfg['classes']))
     lacking = set(head.state_dict()) ^ set(w)
     if lacking or w['weight'].shape!=head.weight.shape: raise ValueError(
