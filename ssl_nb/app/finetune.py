@@ -69,8 +69,7 @@ def _parts(said, y, seed):
 def labelled_dls(
     cfg:dict, run, # Configuration and folder of the run
     data, # Folder or table of files, or the name of the run's own built-in data
-    label:str=None, # Which label, where there are several
-    batch_size:int=64, device='cpu', seed:int=0
+    label:str=None, batch_size:int=64, device='cpu', seed:int=0 # The first label by default
 )->tuple: # (DataLoaders with the part of each file, names of the test files)
     "Labelled files as the encoder of a run reads them"
     kind = get_kind(cfg['info']['kind'])
@@ -170,6 +169,7 @@ def _from_name(encoder, pretrained, label, data, batch_size, device, seed):
     if hasattr(dls, 'tokenizer'): own.tokenizer = dls.tokenizer
     return enc,own,files,encoder
 
+# %% ../../nbs/app/08_finetune.ipynb #8f11cb51
 def _tell(r):
     print(f"test: {r['accuracy']:.1f} % of {r['samples']} right; always the commonest class: "
           f"{r['commonest']:.1f} %\ncalibration error {r['calibration_error']:.3f}, with "
@@ -181,20 +181,18 @@ def finetune_run(
     out=None, # Folder for the classifier; by default RUN/finetuned
     labels:int=None, label:str=None, # Labels per class, None is all; which label
     train:str='all', epochs:int=20, lr:float=1e-3, batch_size:int=64, seed:int=0, # For `finetune`
-    encoder=None, pretrained:bool=False, # Without a run: name of a timm model; its weights?
-    device=None
+    encoder=None, pretrained:bool=False, device=None # Without a run: a timm model; its weights?
 )->Path: # The folder
     "Train a classifier, measure it on files that were used for nothing else, and save it"
     check_settings(data=data, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     if (run is None)==(encoder is None): raise ValueError(
         'give the folder of a run, or --encoder with the name of a timm model')
-    device = pick_device(device)
     out = writable(out or (Path(run).expanduser()/'finetuned' if run else f'finetuned-{encoder}'))
-    more = data,batch_size,device,seed
+    more = data,batch_size,pick_device(device),seed
     enc,dls,files,way = (_from_run(run, label, *more) if run else
                          _from_name(encoder, pretrained, label, *more))
     own = dls if labels is None else few_labelled(dls, labels, seed, label)
-    model = finetune(enc.to(device), own, train=train, epochs=epochs, lr=lr, seed=seed,
+    model = finetune(enc.to(dls.device), own, train=train, epochs=epochs, lr=lr, seed=seed,
                      label=label).model
     name = label or next(iter(dls.info.classes))
     cfg = dict(encoder=way, pretrained=pretrained, data=str(data), label=name, train=train, lr=lr,
@@ -240,6 +238,7 @@ def _head_weights(file):
     try: return load_file(file)
     except Exception as e: raise ValueError(f'{file} is damaged ({e}); fine-tune again') from e
 
+# %% ../../nbs/app/08_finetune.ipynb #77d57c2f
 def load_finetuned(
     folder # That `finetune_run` wrote
 )->tuple: # (configuration, `EncoderHead`)
