@@ -265,15 +265,15 @@ def test_parts_agree(front):
     assert torch.allclose(h[:,:25].mean(1), enc(x), atol=1e-5)
     keep = torch.tensor([[3,7,30]]*3)
     k,real = enc.tokens(x, keep)
-    assert k.shape==(3,3,96) and real.tolist()==[[True,True,False]]*3
+    assert k.shape==(3,3,64) and real.tolist()==[[True,True,False]]*3
 
 @torch.no_grad()
 def test_frames_that_are_left_out_are_not_seen():
     enc = FrameEncoder().eval()
-    h = torch.randn(2, 40, 96)
+    h = torch.randn(2, 40, 64)
     keep = torch.tensor([[0,5,9],[2,3,20]])
     a = enc.context(h, keep=keep)
-    other = torch.randn(2, 40, 96).scatter(1, keep[:,:,None].expand(-1, -1, 96), h.gather(1, keep[:,:,None].expand(-1, -1, 96)))
+    other = torch.randn(2, 40, 64).scatter(1, keep[:,:,None].expand(-1, -1, 64), h.gather(1, keep[:,:,None].expand(-1, -1, 64)))
     assert torch.allclose(enc.context(other, keep=keep), a, atol=1e-5)
 
 NAMES = ['small_audio','small_wave','small_mel_cnn','small_vit','resnet18']

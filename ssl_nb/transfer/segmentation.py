@@ -199,7 +199,7 @@ def mask_dls(
 
 # %% ../../nbs/transfer/03_segmentation.ipynb #b3ab2bee
 def few_masks(
-    dls, # From `mask_dls`
+    dls, # Images and masks
     n:int, # Images of the training part whose masks are used
     steps:int=100, bs:int=16, # Batches in one epoch, and images in a batch: the n are repeated
     seed:int=0 # Which images
@@ -246,7 +246,7 @@ def two_rates(
 # %% ../../nbs/transfer/03_segmentation.ipynb #d595523b
 def fit_masks(
     model, # A `Segmenter`; it is changed
-    dls, # From `mask_dls` or `few_masks`
+    dls, # Images and masks, perhaps few
     epochs:int=1,
     lr:float=5e-3, # Of the head
     encoder_lr:float=None, # Of the encoder; 0 freezes it, None is half of `lr`
