@@ -10,7 +10,8 @@ from sklearn.metrics import accuracy_score
 from conftest import quiet
 from ssl_nb.app.checks import read_record
 from ssl_nb.app.cli import main
-from ssl_nb.app.finetune import divided_by_class, judged, labelled_dls, least_sure, load_finetuned
+from ssl_nb.data.parts import three_parts
+from ssl_nb.app.finetune import judged, labelled_dls, least_sure, load_finetuned
 from ssl_nb.app.run import load_run, pretrain
 from ssl_nb.transfer.label_efficiency import curve_table, label_curve, labels_needed, plot_label_curve
 
@@ -66,7 +67,7 @@ def test_numbers_of_the_test_part_are_those_of_the_saved_classifier(images):
     d,_,out = images
     files = sorted(d.rglob('*.png'))
     y = np.array([sorted(COLORS).index(f.parent.name) for f in files])
-    held = [f for f,p in zip(files, divided_by_class(y, 0)) if p=='test']
+    held = [files[i] for i in three_parts(['train']*len(y), y, test=0.2)[2]]
     unsure = pd.read_csv(out/'uncertain.csv')
     assert {d.joinpath(f).name for f in unsure.file} == {f.name for f in held} and len(unsure) == len(held)
     said = d.with_name('said.csv')
