@@ -202,13 +202,13 @@ def column(self:DataInfo, label=None):
 
 # %% ../../nbs/core/02_loader.ipynb #dc17ddba
 def one_label(
-    y, # Labels (N,) or (N,K)
+    y, # Labels (N,) or (N,K); masks (N,H,W) stay as they are
     info:DataInfo, # `dls.info`
     label:str=None # Name of a label; the first by default
 ): # (N,)
     "The column of one label"
     k = info.column(label)
-    return y if y.ndim==1 else y[:,k]
+    return y[:,k] if y.ndim==2 else y
 
 # %% ../../nbs/core/02_loader.ipynb #047d3e12
 class Kind:

@@ -17,6 +17,7 @@ from ..core.common import did_you_mean
 from ..core.heads import in_full_precision
 from ..data.scenes import COLOURS, DIGITS, PLACES
 from ..data.text import CLS, PAD, SEP, decode, encode
+from .finetune import two_rates
 
 # %% ../../nbs/transfer/08_captioning.ipynb #6d4d92fd
 @in_full_precision
@@ -117,10 +118,7 @@ def fit_captioner(
 # %% ../../nbs/transfer/08_captioning.ipynb #0ec01cea
 def _train(m, x, tokens, train, steps, bs, lr, slower):
     "One cycle of AdamW over random batches; `x` are image tokens where the encoder is frozen"
-    groups = [dict(params=m.decoder.parameters(), lr=lr)]
-    if train=='all': groups.append(dict(params=m.encoder.parameters(), lr=lr*slower))
-    opt = torch.optim.AdamW(groups, weight_decay=0.05, fused=True)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, [g['lr'] for g in groups], steps)
+    opt,sched = two_rates(m, m.encoder, steps, lr, lr*slower*(train=='all'))
     m.train()
     tokens = tokens[:,:int((tokens!=PAD).sum(1).max())] # no column of nothing but padding
     for _ in range(steps):

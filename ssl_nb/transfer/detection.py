@@ -22,7 +22,8 @@ from ..core.encoders import feature_map, map_channels
 from ..core.loader import to_unit
 from ..data.scenes import LABELS
 from ..data.tables import read_table
-from .segmentation import two_rates
+from .finetune import two_rates
+from .segmentation import open_image
 
 # %% ../../nbs/transfer/04_detection.ipynb #d81fb8dd
 def scene_boxes(
@@ -242,8 +243,7 @@ def _check_labels(df, table, classes):
 def _image(file, table):
     if not file.exists(): raise FileNotFoundError(
         f'{file} does not exist, and {table} has boxes in it')
-    try: return Image.open(file).convert('RGB')
-    except Exception as e: raise ValueError(f'{file} cannot be read as an image ({e})') from None
+    return open_image(file).convert('RGB')
 
 def _target(rows, names, size, what, skip):
     "dict(boxes, labels) of one image"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOID', 'ENDINGS', 'scene_masks', 'pixel_confusion', 'iou', 'mean_iou', 'check_classes', 'pixel_loss', 'LinearMapHead',
-           'Pyramid', 'small_maps', 'UNetHead', 'check_masks', 'mask_dls', 'few_masks', 'Segmenter', 'two_rates',
-           'fit_masks', 'pca_rgb', 'neighbourhoods', 'predict_masks', 'mask_folder']
+           'Pyramid', 'small_maps', 'UNetHead', 'check_masks', 'mask_dls', 'few_masks', 'Segmenter', 'fit_masks',
+           'pca_rgb', 'neighbourhoods', 'predict_masks', 'mask_folder', 'open_image']
 
 # %% ../../nbs/transfer/03_segmentation.ipynb #53933c85
 import copy
@@ -20,6 +20,7 @@ from ..core.encoders import SmallCNN, feature_map
 from ..core.heads import in_full_precision
 from ..core.loader import DataInfo, channel_stats, finish_dls, make_dls, to_unit
 from ..data.scenes import LABELS
+from .finetune import two_rates
 
 # %% ../../nbs/transfer/03_segmentation.ipynb #3655f787
 def scene_masks(
@@ -227,22 +228,6 @@ class Segmenter(nn.Module):
         if self.head.reads=='map': return self.head(feature_map(self.encoder, x), x)
         return self.head(self.pyramid(x))
 
-# %% ../../nbs/transfer/03_segmentation.ipynb #761e51dc
-def two_rates(
-    model, # Has `encoder` inside
-    encoder, # That part of it
-    steps:int, lr:float, encoder_lr:float, wd:float=0.05
-): # (optimizer, schedule)
-    "AdamW, and one cycle of two rates; an encoder of rate 0 gets no gradient"
-    inside = list(encoder.parameters())
-    own = {id(p) for p in inside}
-    groups = [dict(params=[p for p in model.parameters() if id(p) not in own], lr=lr)]
-    for p in inside: p.requires_grad_(encoder_lr>0)
-    if encoder_lr>0: groups.append(dict(params=inside, lr=encoder_lr))
-    opt = torch.optim.AdamW(groups, lr=lr, weight_decay=wd)
-    rates = [g['lr'] for g in groups]
-    return opt,torch.optim.lr_scheduler.OneCycleLR(opt, rates, total_steps=steps)
-
 # %% ../../nbs/transfer/03_segmentation.ipynb #d595523b
 def fit_masks(
     model, # A `Segmenter`; it is changed
@@ -333,7 +318,10 @@ ENDINGS = ('.png','.jpg','.jpeg','.webp','.bmp','.tif','.tiff')
 def _by_stem(folder):
     return {f.stem: f for f in sorted(folder.iterdir()) if f.suffix.lower() in ENDINGS}
 
-def _opened(file):
+def open_image(
+    file # Any image
+): # A PIL image, read whole; the error names the file
+    "Read an image or a mask"
     try:
         im = Image.open(file); im.load()
         return im
@@ -342,7 +330,7 @@ def _opened(file):
 # %% ../../nbs/transfer/03_segmentation.ipynb #6a04e2c8
 def _pair(file, mask_file, n, size, void):
     "One image and its mask, resized"
-    im,mask = _opened(file).convert('RGB'),_opened(mask_file)
+    im,mask = open_image(file).convert('RGB'),open_image(mask_file)
     if mask.mode not in ('L','P','1','I','I;16'): raise ValueError(f'{mask_file} has colours '
         f'({mask.mode}); a mask holds one number for each pixel, its class')
     (w,h),(mw,mh) = im.size,mask.size
