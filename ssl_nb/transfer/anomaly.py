@@ -10,6 +10,7 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score, roc_curve
 from ..core.heads import in_full_precision
+from .medical import threshold_for_specificity
 
 # %% ../../nbs/transfer/17_anomaly.ipynb #0b73f360
 @in_full_precision
@@ -59,4 +60,4 @@ def threshold_at(
     scores = np.asarray(scores, float)
     if len(scores)*share<1: raise ValueError(f'a share of {share} of {len(scores)} images is less '
                                              'than one image; take more images or a larger share')
-    return float(np.quantile(scores, 1-share))
+    return threshold_for_specificity(scores, np.zeros(len(scores)), 1-share)
