@@ -650,7 +650,8 @@ def _takes(enc):
 # %% ../../nbs/core/05_encoders.ipynb #e4822a57
 def _alike(a, b):
     "Are they for one kind of data: of one class, or of classes that say they take the same?"
-    return type(a) is type(b) or getattr(a, 'takes', None)==getattr(b, 'takes', ())
+    names = [type(o).__name__ for o in (a, b)]
+    return names[0]==names[1] or getattr(a, 'takes', None)==getattr(b, 'takes', ())
 
 def _begun(folder, info, pretrained, kwargs):
     "The encoder of a folder, to train it further on data that it fits"
