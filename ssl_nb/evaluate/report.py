@@ -29,14 +29,12 @@ from .few_labels import (asked_part, by_column, check_labels, divided, draw_labe
 def label_free(
     encoder, # Any encoder, or None for the raw input
     h, # Features of the test samples
-    x, # Clean test samples for the alignment
-    views, raw, seed:int=0
+    pair, # Two views of the same test samples
+    raw # Makes the features of raw input
 )->dict:
     "RankMe, alignment, uniformity and spread"
-    seed_everything(seed)
-    v1,v2 = views(x),views(x)
-    if encoder is None: h1,h2 = raw(v1),raw(v2)
-    else: h1,h2 = [encode(encoder, [(o,o) for o in v.split(256)])[0] for v in (v1,v2)]
+    if encoder is None: h1,h2 = map(raw, pair)
+    else: h1,h2 = [encode(encoder, [(o,o) for o in v.split(256)])[0] for v in pair]
     h = h[:max(2, 2**22//h.shape[1])] # of raw pixels not all
     return dict(rankme=rankme(h[:5000]).item(), alignment=alignment(h1, h2).item(),
                 uniformity=uniformity(h[:2000]).item(), std=feature_std(h).item())
@@ -177,7 +175,7 @@ def _loaders(dls, label, seed, most):
 class _Plan:
     "What every row of a report is asked"
     info:object; label:str; seed:int; labels:tuple; draws:int; how:dict
-    views:object; loaders:list; x:object; why:str; pool:tuple; bars:bool=False
+    views:object; loaders:list; x:object; pair:tuple; why:str; pool:tuple; bars:bool=False
 
 def _plan(dls, labels, draws, how, views, label, seed, most):
     info,why = dls.info,check_labels(dls, label)
@@ -189,7 +187,9 @@ def _plan(dls, labels, draws, how, views, label, seed, most):
         labels = tuple(dict.fromkeys(min(n or half, half) for n in labels))
         draws = max(10, draws)
     views = views or default_views(info)
-    return _Plan(info, label, seed, tuple(labels), draws, how, views, loaders, x, why, pool)
+    seed_everything(seed)
+    with torch.no_grad(): pair = views(x),views(x) # every row is asked about the same two
+    return _Plan(info, label, seed, tuple(labels), draws, how, views, loaders, x, pair, why, pool)
 
 # %% ../../nbs/evaluate/03_report.ipynb #1d991db1
 def _features(encoder, dl, plan, name=''):
@@ -212,7 +212,7 @@ def _row(encoder, plan, name, labels, draws):
     (train,test),info,seed = plan.loaders,plan.info,plan.seed
     raw,right = partial(get_kind(info.kind).raw, info=info),{}
     th,ty = _features(encoder, test, plan, name)
-    free = label_free(encoder, th, plan.x, plan.views, raw, seed)
+    free = label_free(encoder, th, plan.pair, raw)
     if plan.pool: right = divided(*_pooled(encoder, plan, name), labels, draws, seed, plan.how)
     elif labels:
         (h,y),(asked,truth) = _known(*_features(encoder, train, plan, name)),_known(th, ty)
