@@ -129,8 +129,18 @@ def test_no_broken_link(site):
 
 
 def test_every_page_links_to_colab(site):
-    without = [p for p in pages(site) if p!='index.html' and 'https://colab.research.google.com/github/' not in (site/p).read_text(encoding='utf-8')]
+    without = [p for p in pages(site) if p not in ('index.html','gallery.html') and 'https://colab.research.google.com/github/' not in (site/p).read_text(encoding='utf-8')]
     assert not without, f'no link to Colab on {without}'
+
+
+def test_gallery_has_a_tile_for_each_method(site):
+    from ssl_nb.core.method import find_methods
+    page = (site/'gallery.html').read_text(encoding='utf-8')
+    tiles = re.findall(r'<a class="tile" href="([^"]+)">(.*?)</a>', page, re.S)
+    modules = {c.__module__.removeprefix('ssl_nb.').replace('.', '/')+'.html' for c in find_methods().values()}
+    assert {href for href,_ in tiles}==modules
+    bare = [href for href,inside in tiles if '<img' not in inside and len(re.sub('<[^>]*>', '', inside))<120]
+    assert not bare, f'neither a picture nor a text on the tiles of {bare}'
 
 
 def test_every_page_has_an_icon(site): # without one, a browser asks for /favicon.ico and reports that it is missing
@@ -219,7 +229,7 @@ def window(chromium):
     chromium.send('Emulation.clearDeviceMetricsOverride')
 
 
-some_pages = ['index.html', 'contrastive/simclr.html', 'data/images.html', 'evaluate/report.html', 'tutorials/which_task.html', 'app/cli.html']
+some_pages = ['index.html', 'gallery.html', 'contrastive/simclr.html', 'data/images.html', 'evaluate/report.html', 'tutorials/which_task.html', 'app/cli.html']
 wider = '''[...document.querySelectorAll("main div.sourceCode")].filter(e => e.scrollWidth > e.clientWidth + 1)
     .map(e => e.innerText.split("\\n").sort((a, b) => b.length - a.length)[0])'''
 

@@ -11,6 +11,8 @@ import html, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from functools import lru_cache, wraps
 from pathlib import Path
+from .gallery import gallery_markdown, method_pages
+from ..core.method import find_methods
 
 # %% ../../nbs/app/04_docs.ipynb #834a4a8b
 def repo_root(
@@ -85,6 +87,12 @@ def _stage_config(cache, info):
     (cache/'_quarto.yml').unlink()
     (cache/'_quarto.yml').write_text(yaml.safe_dump(cfg, sort_keys=False), encoding='utf-8')
     return cfg
+
+def _stage_gallery(cache, nbs):
+    from nbdev.config import nbpath2html
+    modules = {c.__module__.split('.', 1)[1] for c in find_methods().values()}
+    text = gallery_markdown(method_pages(nbs, modules), nbs, lambda p: nbpath2html(p).as_posix())
+    (cache/'gallery.qmd').write_text(text, encoding='utf-8')
 
 # %% ../../nbs/app/04_docs.ipynb #9e658260
 def counted(
@@ -178,6 +186,7 @@ def build_docs(
         os.chdir(root) # nbdev looks for its configuration from here
         cache = _read_notebooks()
         cfg = _stage_config(cache, project_info(root))
+        _stage_gallery(cache, root/'nbs')
         for w in _render(cache): print('warning:', w, file=sys.stderr)
     finally: os.chdir(here)
     shutil.rmtree(out, ignore_errors=True)
