@@ -18,7 +18,7 @@ from ..core.loader import DataInfo, make_dls
 from ..core.masks import gather_tokens, ids_to_mask, random_keep
 from ..core.method import Method
 
-# %% ../../nbs/transfer/15_series.ipynb #8becaa7e
+# %% ../../nbs/transfer/15_series.ipynb #b90a0a48
 def watch_series()->dict: # 'x' 140 arrays (6,T); 'y', 'person' (140,); 'names', 'channels'
     "Exercises of ten people as a watch measured them, 50 times a second (Burns et al. 2018)"
     found = importlib.util.find_spec('seglearn')
@@ -189,7 +189,7 @@ def fill(self:MaskedSeries,
     z = self(x).flatten(2)
     return torch.where(x.isnan(), self.encoder.restore(z, self.encoder.normalize(x)[1]), x)
 
-# %% ../../nbs/transfer/15_series.ipynb #b571336b
+# %% ../../nbs/transfer/15_series.ipynb #9d9d9a73
 def as_series(
     x, # (N,C,L) or (N,L): array, tensor, DataFrame; or a list of (C,L) or (L,) of any lengths
     multiple:int=1 # Pad with NaN until the length is a multiple of it, such as a patch
@@ -211,7 +211,7 @@ def as_series(
     pad = lambda o: nn.functional.pad(o, (0, L-o.shape[1]), value=float('nan'))
     return torch.stack([pad(o) for o in rows])
 
-# %% ../../nbs/transfer/15_series.ipynb #d63c298a
+# %% ../../nbs/transfer/15_series.ipynb #493330ed
 def series_dls(
     parts, # (series, labels or None) of train, valid and perhaps test
     names=(), # Of the classes 0, 1, ...
@@ -236,7 +236,7 @@ def series_encoder(
     "A `SeriesEncoder` for the data, with random weights"
     return SeriesEncoder(info.channels, info.size, mean=info.mean, std=info.std, **kwargs)
 
-# %% ../../nbs/transfer/15_series.ipynb #aed8b8ea
+# %% ../../nbs/transfer/15_series.ipynb #9632d7ca
 def series_features(
     x, # (N,C,L), NaN where missing
     lags=(1,2,4,8,16,32), # Of the autocorrelations
