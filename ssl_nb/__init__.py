@@ -1,7 +1,11 @@
 "Self-supervised learning, explained and implemented in notebooks. Importing this alone tells timm the names of the small encoders."
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
+
+# fastai compiles two functions in a way that torch 2.14 warns of; who uses ssl_nb can do nothing about it
+warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning)
 
 
 def _tell(name):

@@ -64,6 +64,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ssl_nb.app.cli.method_lines': ('app/cli.html#method_lines', 'ssl_nb/app/cli.py'),
                                 'ssl_nb.app.cli.parser': ('app/cli.html#parser', 'ssl_nb/app/cli.py')},
             'ssl_nb.app.compare': { 'ssl_nb.app.compare._agreed': ('app/compare.html#_agreed', 'ssl_nb/app/compare.py'),
+                                    'ssl_nb.app.compare._asking': ('app/compare.html#_asking', 'ssl_nb/app/compare.py'),
                                     'ssl_nb.app.compare._failed': ('app/compare.html#_failed', 'ssl_nb/app/compare.py'),
                                     'ssl_nb.app.compare._features': ('app/compare.html#_features', 'ssl_nb/app/compare.py'),
                                     'ssl_nb.app.compare._file': ('app/compare.html#_file', 'ssl_nb/app/compare.py'),

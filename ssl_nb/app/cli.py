@@ -118,6 +118,8 @@ def _compare_args(p):
                    help='at most so many of each split (default: 1000)')
     p.add_argument('--batch-size', type=int, help="default: each method's recipe")
     p.add_argument('--size', type=int, help='side of the images in pixels (default: from the data)')
+    p.add_argument('--label', help='which label ranks, where there are several (default: the '
+                   'first)')
     _sounds(p)
     _device(p)
     p.add_argument('--seeds', type=int, default=1, help='trainings of each method (default: 1)')
@@ -254,7 +256,7 @@ def _compare(a):
     from ssl_nb.app.runner import method_names
     compare_folder(a.data, method_names(a.methods), a.out, a.workers, a.seeds, encoder=a.encoder,
                    epochs=a.epochs, batch_size=a.batch_size, samples=a.samples, size=a.size,
-                   device=a.device, seconds=a.seconds, **_told(a))
+                   device=a.device, seconds=a.seconds, label=a.label, **_told(a))
 
 def _methods(a): print(*method_lines(), sep='\n')
 

@@ -80,7 +80,8 @@ def _features(encoder, dl, info):
 def measure(
     encoder, # An encoder, or None for the raw input
     dls, # DataLoaders
-    seed:int=0
+    seed:int=0,
+    label:str=None # Which label, where there are several; the first by default
 ): # (numbers, neighbours (N,10))
     "What can be said of an encoder with and without labels; the test part is not touched"
     info,train = dls.info,dls.train.new(shuffle=False, drop_last=False)
@@ -89,7 +90,7 @@ def measure(
     seed_everything(seed)
     x,views = train.new(bs=500).one_batch()[0],default_views(info)
     h1,h2 = [_features(encoder and encoder.eval(), [(v, v)], info)[0] for v in (views(x), views(x))]
-    score,n = few_label_score(h, one_label(y, info)),min(len(h), 1000)
+    score,n = few_label_score(h, one_label(y, info, label)),min(len(h), 1000)
     numbers = dict(rankme=rankme(h).item(), std=feature_std(h).item(), views=view_agreement(h1, h2))
     if score: numbers |= dict(zip(('probe','± probe'), score))
     return numbers,nearest_ids(h[:n], torch.arange(n, device=h.device), min(10, n-1)).cpu()
@@ -108,13 +109,16 @@ def compare(
     out = _folder(out, cfg)
     names = [*references, *candidates(cfg['kind'], methods)]
     file,keep,kept = out/'compare.json',partial(_keep, out),partial(_kept, out)
-    results = run_many(cfg, names, file, seeds, measure, keep, workers, bar, kept, tell)
+    ask = _asking(cfg)
+    results = run_many(cfg, names, file, seeds, ask, keep, workers, bar, kept, tell)
     runs = results['runs']
     for seed in {r['seed'] for r in runs}: _agreed([r for r in runs if r['seed']==seed], out)
     write_record(file, results)
     return results
 
 # %% ../../nbs/app/03_compare.ipynb #92d7187d
+def _asking(cfg): return partial(measure, label=cfg.get('label'))
+
 def _folder(out, cfg):
     check_settings(out=out)
     return Path(out or f'runs/compare-{Path(cfg["data"]).stem}').expanduser()
@@ -340,7 +344,7 @@ def _many(n, what): return f'{n:g} {what}{"" if n==1 else "s"}'
 def _tell(cfg, out, jobs, workers):
     "One line: what will be trained, how long it will take, and how to take less"
     names = list(dict.fromkeys(n for n,*_ in jobs if n not in references))
-    each,looks = estimate(cfg, names, measure)
+    each,looks = estimate(cfg, names, _asking(cfg))
     trained = sum(n not in references for n,*_ in jobs)*np.mean([*each.values()] or [0])
     took = (trained+looks*len(jobs))/workers
     how = ' or '.join(_many(cfg[f'{k}s'], k) for k in ('second','epoch') if cfg.get(f'{k}s'))

@@ -72,13 +72,14 @@ def settings(
     size:int=None, # Side of images in pixels
     device=None,
     seconds:float=None, # Of training, of each method: `SECONDS` where there are no `epochs` either
+    label:str=None, # Which label ranks, where there are several; the first by default
     **sounds # Of a folder of sounds: rate, clip_seconds, pattern
 )->dict:
     "Everything that a comparison depends on, besides methods and seeds"
     check_words(sounds, SOUNDS)
     check_settings(lr=lr, epochs=epochs, batch_size=batch_size, samples=samples, size=size,
                    encoder=encoder, seconds=seconds, **sounds)
-    sounds = {k: v for k,v in sounds.items() if v is not None}
+    sounds = {k: v for k,v in (sounds | dict(label=label)).items() if v is not None}
     time = sounds | dict(seconds=seconds or SECONDS) if seconds or not epochs else sounds
     name,classes = _classes(data)
     kind,name = which_data(name, _shared_kinds(methods or ()))
