@@ -170,6 +170,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ssl_nb.app.folder._need_checkpoint': ('app/folder.html#_need_checkpoint', 'ssl_nb/app/folder.py'),
                                    'ssl_nb.app.folder._newest': ('app/folder.html#_newest', 'ssl_nb/app/folder.py'),
                                    'ssl_nb.app.folder._of': ('app/folder.html#_of', 'ssl_nb/app/folder.py'),
+                                   'ssl_nb.app.folder._same_rate': ('app/folder.html#_same_rate', 'ssl_nb/app/folder.py'),
                                    'ssl_nb.app.folder._there': ('app/folder.html#_there', 'ssl_nb/app/folder.py'),
                                    'ssl_nb.app.folder._versions': ('app/folder.html#_versions', 'ssl_nb/app/folder.py'),
                                    'ssl_nb.app.folder._whole': ('app/folder.html#_whole', 'ssl_nb/app/folder.py'),

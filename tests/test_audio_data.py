@@ -3,6 +3,7 @@ folders, tables and names; spoken words that are the same everywhere; and comman
 import json
 import os
 import re
+import shutil
 import warnings
 
 import numpy as np
@@ -289,9 +290,14 @@ def test_what_a_folder_of_sounds_was_told_is_kept(sounds, tmp_path, capsys):
     assert main(['pretrain', 'simclr', '--from', str(run), '--out', str(tmp_path/'on'), *usual])==0
     on = json.loads((tmp_path/'on/config.json').read_text())
     assert on['pattern']==pattern and on['info']['length']==2400
+    put(tmp_path/'fast'/'0_a.wav', tone(16000), 16000) # would be read at 16,000 by itself
+    for i in range(1, 16): shutil.copy(tmp_path/'fast'/'0_a.wav', tmp_path/'fast'/f'{i}_a.wav')
+    assert main(['pretrain', 'simclr', '--from', str(run), '--data', str(tmp_path/'fast'), '--out', str(tmp_path/'new'), *usual])==0
+    assert json.loads((tmp_path/'new/config.json').read_text())['info']['rate']==8000
     capsys.readouterr()
     for args,said in ((['--data', str(sounds), '--out', str(run), '--resume', '--rate', '16000'], 'rate 8000 (now 16000)'),
                       (['--data', 'digits', '--pattern', pattern], 'leave out pattern'), (['--data', 'spoken', '--rate', '8000'], 'leave out rate'),
+                      (['--from', str(run), '--rate', '16000'], 'has heard sounds of 8000 samples a second, not of 16000'),
                       (['--data', str(sounds), '--rate', '0'], 'rate must be at least 1000, got 0'),
                       (['--data', str(sounds), '--clip-seconds', '0'], 'clip_seconds must be at least 0.1'),
                       (['--data', str(sounds), '--pattern', 'x'], 'names no group')):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ssl_nb.app import cli
 from ssl_nb.app.cli import main
-from ssl_nb.app.compare import advice, compare, next_command, printed, ranking, text_ranking
+from ssl_nb.app.compare import advice, compare, measure, next_command, printed, ranking, text_ranking
 from ssl_nb.app.runner import load, run_one, settings
 from ssl_nb.benchmarks.brief import held, table
 
@@ -57,6 +57,18 @@ def test_what_does_not_fit_is_left_out_with_its_reason(tmp_path, capsys):
     assert run(photos(tmp_path/'photos', channels=1), tmp_path/'out', '--methods', 'simclr,colorization') == 0
     said = capsys.readouterr().out
     assert 'Left out: colorization' in said and 'colour' in said
+
+
+def test_label_says_what_ranks(capsys, tmp_path):
+    "Of `scenes` raw pixels know the colour and not the digit; the first label is the default"
+    cfg = settings('scenes', samples=300, epochs=1, device='cpu', label='colour')
+    assert cfg['label']=='colour' and 'label' not in settings('scenes', samples=300, epochs=1, device='cpu')
+    dls = load(cfg)
+    found = {k: measure(None, dls, label=k)[0]['probe'] for k in ('digit', 'colour')}
+    assert found['colour'] > found['digit']+10
+    assert measure(None, dls)[0]['probe']==found[next(iter(dls.info.classes))]
+    assert run('scenes', tmp_path/'out', '--samples', 100, '--methods', 'rotation', '--label', 'colur')
+    assert "unknown label 'colur'; did you mean colour?" in capsys.readouterr().err
 
 
 def test_goes_on_where_it_stopped(tmp_path):

@@ -279,4 +279,12 @@ def started_from(
     kept = [k for k in ('method','kind','encoder','pretrained','size') if cfg[k]!=old[k]]
     if kept: raise ValueError(f'{run} has the {kept[0]} {old.get(kept[0])!r}, not '
                               f'{cfg[kept[0]]!r}: its weights fit nothing else')
-    return cfg | dict(start_from=str(run))
+    return cfg | _same_rate(run, old, cfg) | dict(start_from=str(run))
+
+def _same_rate(run, old, cfg):
+    "New sounds are read at the rate of the old ones"
+    rate = (old.get('info') or {}).get('rate')
+    if not rate or cfg['data'] in get_kind(cfg['kind']).builtin: return {}
+    if cfg['rate'] in (None, rate): return dict(rate=rate)
+    raise ValueError(f'{run} has heard sounds of {rate} samples a second, not of {cfg["rate"]}: '
+                     'leave out the rate, and new sounds are read at that of the old ones')
