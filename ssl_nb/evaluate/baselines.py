@@ -77,7 +77,8 @@ class OneLabel(Callback):
     "Training batches through random views, and one label of each sample"
     def __init__(self, views, info, label): self.views,self.info,self.label = views,info,label
     def before_batch(self):
-        self.learn.yb = (one_label(self.yb[0], self.info, self.label),)
+        if self.info.classes or self.label: # spans have no classes, and stay as they are
+            self.learn.yb = (one_label(self.yb[0], self.info, self.label),)
         x = self.xb[0] # of pairs the first
         self.learn.xb = (self.views(x) if self.training and self.views else x,)
 
