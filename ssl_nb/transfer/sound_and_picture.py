@@ -63,7 +63,7 @@ def correspondence_loss(
     v, a, # (N,D) pictures and sounds, not normalised; a[i] belongs to v[i]
     scale=10., bias=0. # Slope s and offset b, numbers or scalar tensors
 ): # Scalar; log 2 when nothing is known
-    "Yes or no: N true pairs, and N wrong ones with the sound of the next pair"
+    "Yes or no: N true pairs, and N wrong ones with the sound of the pair before"
     check_inputs(v=v, a=a)
     if len(v)<2: raise ValueError('a wrong pair takes two samples, got a batch of 1')
     v,a = F.normalize(v, dim=1),F.normalize(a, dim=1)
