@@ -82,6 +82,15 @@ def test_results_are_stored(path):
 
 
 @each_notebook
+def test_first_cell_installs_the_package_in_colab(path):
+    "Each page has a link that opens it in Colab, where nothing of this repository is installed"
+    if path.name=='index.ipynb': return # it has no such link
+    first,folder = source(code_cells(path)[0]), path.parent.relative_to(ROOT).as_posix()
+    assert first.startswith('#| hide\n#| eval: false\n') and 'pip install' in first and f"os.chdir('/content/ssl_nb/{folder}')" in first, (
+        f'{path.name} should begin with the cell that installs the package in Colab; copy it from another notebook of {folder}')
+
+
+@each_notebook
 def test_imports_stand_alone(path):
     "Building the site runs every cell that imports; one that also does something else would do it there"
     for n,c in enumerate(code_cells(path)):
