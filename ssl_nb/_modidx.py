@@ -154,6 +154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ssl_nb.app.finetune._head_weights': ('app/finetune.html#_head_weights', 'ssl_nb/app/finetune.py'),
                                      'ssl_nb.app.finetune._numbers': ('app/finetune.html#_numbers', 'ssl_nb/app/finetune.py'),
                                      'ssl_nb.app.finetune._pictures': ('app/finetune.html#_pictures', 'ssl_nb/app/finetune.py'),
+                                     'ssl_nb.app.finetune._record': ('app/finetune.html#_record', 'ssl_nb/app/finetune.py'),
                                      'ssl_nb.app.finetune._save': ('app/finetune.html#_save', 'ssl_nb/app/finetune.py'),
                                      'ssl_nb.app.finetune._show_unsure': ('app/finetune.html#_show_unsure', 'ssl_nb/app/finetune.py'),
                                      'ssl_nb.app.finetune._tell': ('app/finetune.html#_tell', 'ssl_nb/app/finetune.py'),

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score
@@ -133,6 +134,29 @@ def test_texts(tmp_path, way):
 
 
 # ---- what is refused
+
+def test_sounds(tmp_path):
+    "Low and high tones, from a run on sounds to a table of predictions"
+    rng = np.random.default_rng(0)
+    for name,pitch in (('low', 200), ('high', 1500)):
+        (tmp_path/'tones'/name).mkdir(parents=True)
+        for i in range(20):
+            wave = 0.4*np.sin(2*np.pi*(pitch+10*i)*np.arange(3000)/8000) + 0.05*rng.standard_normal(3000)
+            soundfile.write(tmp_path/'tones'/name/f'{i:02}.wav', wave, 8000)
+    run = pretrain('hubert', tmp_path/'tones', tmp_path/'run', epochs=1, batch_size=8, device='cpu', supervised=False)
+    out,table = tmp_path/'classifier',tmp_path/'p.csv'
+    assert quiet(main, ['finetune', str(run), str(tmp_path/'tones'), '--out', str(out), '--epochs', '8', '--device', 'cpu'])[0]==0
+    assert record(out)['classes']==['high','low']
+    assert quiet(main, ['predict', str(out), str(tmp_path/'tones'/'low'), '--out', str(table), '--device', 'cpu'])[0]==0
+    found = pd.read_csv(table)
+    assert len(found)==20 and (found.prediction=='low').mean() > 0.9
+
+
+def test_a_refusal_leaves_no_folder(images, tmp_path, capsys):
+    d,run,_ = images
+    assert main(['finetune', str(run), str(d), '--labels', '500', '--out', str(tmp_path/'a'/'c'), *SHORT])==2
+    assert 'per_class must be at least 1' in capsys.readouterr().err and not (tmp_path/'a').exists()
+
 
 @pytest.mark.parametrize('more,said', [
     (['--labels','500'], 'has'), (['--labels','0'], 'per_class must be at least 1'), (['--label','colour'], "no label 'colour'"),

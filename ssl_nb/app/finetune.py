@@ -21,7 +21,7 @@ from ..evaluate.few_labels import labels_of
 from ..evaluate.plot import show_rows
 from ..transfer.finetune import EncoderHead, few_labelled, finetune, predict
 from ..transfer.medical import calibration_bins, calibration_error, fit_temperature
-from .checks import check_settings, pick_device, read_record, writable, write_record
+from .checks import check_settings, pick_device, read_record, workplace, write_record
 from .embed import facts_of, out_file
 from .folder import builtin_data, get_dls, which_data
 from .run import load_run, run_data
@@ -164,19 +164,24 @@ def finetune_run(
     check_settings(data=data, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     if (run is None)==(encoder is None): raise ValueError(
         'give the folder of a run, or --encoder with the name of a timm model')
-    out = writable(out or (Path(run).expanduser()/'finetuned' if run else f'finetuned-{encoder}'))
-    more = data,batch_size,pick_device(device),seed
-    enc,dls,files,way = (_from_run(run, label, *more) if run else
-                         _from_name(encoder, pretrained, label, *more))
-    own = dls if labels is None else few_labelled(dls, labels, seed, label)
-    model = finetune(enc.to(dls.device), own, train=train, epochs=epochs, lr=lr, seed=seed,
-                     label=label).model
-    name = label or next(iter(dls.info.classes))
-    cfg = dict(encoder=way, pretrained=pretrained, data=str(data), label=name, train=train, lr=lr,
-               labels_per_class=labels, epochs=epochs, batch_size=batch_size, seed=seed,
-               classes=[str(c) for c in dls.info.names(name)], info=asdict(dls.info))
-    _save(out, cfg, model, dls, files, run)
+    out = out or (Path(run).expanduser()/'finetuned' if run else f'finetuned-{encoder}')
+    ours = 'head.safetensors','tokenizer.json' # worth nothing without the record
+    with workplace(out, 'finetune.json', ours) as out:
+        more = data,batch_size,pick_device(device),seed
+        enc,dls,files,way = (_from_run(run, label, *more) if run else
+                             _from_name(encoder, pretrained, label, *more))
+        own = dls if labels is None else few_labelled(dls, labels, seed, label)
+        model = finetune(enc.to(dls.device), own, train=train, epochs=epochs, lr=lr, seed=seed,
+                         label=label).model
+        _save(out, _record(dls, label, encoder=way, pretrained=pretrained, data=str(data),
+                           train=train, lr=lr, labels_per_class=labels, epochs=epochs,
+                           batch_size=batch_size, seed=seed), model, dls, files, run)
     return out
+
+def _record(dls, label, **cfg):
+    name = label or next(iter(dls.info.classes))
+    return cfg | dict(label=name, classes=[str(c) for c in dls.info.names(name)],
+                      info=asdict(dls.info))
 
 # %% ../../nbs/app/08_finetune.ipynb #929a880b
 def _save(out, cfg, model, dls, files, run):
