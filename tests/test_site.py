@@ -60,8 +60,8 @@ def test_renderer_has_no_warnings(site):
 
 
 def test_build_shows_how_far_it_is(site):
-    n,text = len(pages(site)), site.with_name('progress.txt').read_text()
-    for n,what in ((n-1, 'notebooks read'), (n, 'pages rendered')): # the gallery is no notebook
+    built,text = len(pages(site)), site.with_name('progress.txt').read_text()
+    for n,what in ((built-1, 'notebooks read'), (built, 'pages rendered')): # the gallery is no notebook
         assert f'20 of {n} {what}' in text and f'{n} of {n} {what}' in text, f'the build does not say how many {what}:\n{text}'
 
 

@@ -12,7 +12,6 @@ from configparser import ConfigParser
 from functools import lru_cache, wraps
 from pathlib import Path
 from .gallery import gallery_markdown, method_pages
-from ..core.method import find_methods
 
 # %% ../../nbs/app/04_docs.ipynb #834a4a8b
 def repo_root(
@@ -90,6 +89,7 @@ def _stage_config(cache, info):
 
 def _stage_gallery(cache, nbs):
     from nbdev.config import nbpath2html
+    from ssl_nb.core.method import find_methods # imports torch, which the README need not wait for
     modules = {c.__module__.split('.', 1)[1] for c in find_methods().values()}
     text = gallery_markdown(method_pages(nbs, modules), nbs, lambda p: nbpath2html(p).as_posix())
     (cache/'gallery.qmd').write_text(text, encoding='utf-8')

@@ -178,6 +178,7 @@ def finetune_run(
                            batch_size=batch_size, seed=seed), model, dls, files, run)
     return out
 
+# %% ../../nbs/app/08_finetune.ipynb #5e1f0a77
 def _record(dls, label, **cfg):
     name = label or next(iter(dls.info.classes))
     return cfg | dict(label=name, classes=[str(c) for c in dls.info.names(name)],

@@ -79,8 +79,8 @@ def settings(
     check_words(sounds, SOUNDS)
     check_settings(lr=lr, epochs=epochs, batch_size=batch_size, samples=samples, size=size,
                    encoder=encoder, seconds=seconds, **sounds)
-    sounds = {k: v for k,v in (sounds | dict(label=label)).items() if v is not None}
-    time = sounds | dict(seconds=seconds or SECONDS) if seconds or not epochs else sounds
+    told = {k: v for k,v in (sounds | dict(label=label)).items() if v is not None}
+    time = told | dict(seconds=seconds or SECONDS) if seconds or not epochs else told
     name,classes = _classes(data)
     kind,name = which_data(name, _shared_kinds(methods or ()))
     return dict(data=name+classes, kind=kind, encoder=encoder, epochs=epochs, lr=lr, size=size,
