@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
+from ..core.heads import in_full_precision
 from ..core.loader import DataInfo, finish_dls, make_dls
 from ..data.text import CLS, SEP, decode, token_ids
 from .finetune import predict
@@ -207,8 +208,9 @@ def _inside(scores, first, last):
                                    f'{last[bad][0]} in rows of {n}')
     at = torch.arange(n, device=scores.device)
     outside = (at<first[:,None]) | (at>last[:,None])
-    return scores.float().masked_fill(outside[...,None], -torch.inf)
+    return scores.masked_fill(outside[...,None], -torch.inf)
 
+@in_full_precision
 def span_loss(
     scores, # (B,L,2)
     y # (B,4) long: first and last token of the answer, first and last of the passage
