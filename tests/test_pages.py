@@ -21,7 +21,8 @@ PAGES = [ # those brought down to the limit so far
     'data/10_mel', 'data/11_spoken', 'data/12_sound_views', 'data/13_sound_encoders', 'data/14_audio', 'transfer/01_speech_to_text',
     'transfer/03_segmentation', 'transfer/04_detection', 'transfer/00_finetune', 'transfer/02_label_efficiency', 'transfer/17_anomaly', 'transfer/18_bias',
     'transfer/19_new_data', 'transfer/05_text_tasks', 'transfer/14_tables', 'transfer/15_series', 'transfer/08_captioning', 'transfer/08_translation',
-    'transfer/06_questions', 'transfer/09_retrieval', 'transfer/12_dna', 'transfer/16_medical']
+    'transfer/06_questions', 'transfer/09_retrieval', 'transfer/12_dna', 'transfer/16_medical',
+    'app/02_runner']
 
 
 def words(text):

@@ -153,7 +153,7 @@ def recipe_batch(
     n:int, # Training samples
     asked:int=None # Batch size that was asked for
 )->int:
-    "The recipe's batch size, or as much less as it takes for four steps an epoch"
+    "The recipe's batch size, or as much less as it takes for four steps per epoch"
     return asked or min(cls.recipe['batch_size'], max(cls.min_batch, n//4))
 
 def rebatch(
