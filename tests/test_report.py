@@ -314,3 +314,26 @@ def test_a_long_report_says_so_before_and_shows_bars_with_an_estimate(monkeypatc
     monkeypatch.setattr(reports, '_seconds', lambda *args: (1., 2.))
     report(Means(), dls, supervised=0)
     assert '█' not in capsys.readouterr().out # what is done at once has none
+
+
+def test_a_report_on_several_labels_is_each_report_and_encodes_once(monkeypatch):
+    "The third label is missing for some training samples, so that its features are made anew; rows trained with labels are each label's own"
+    x, y = classes([120]*4)
+    few = np.where(np.arange(len(y))%3==0, -1, y//2)
+    y = np.stack([y, y%2, few], 1)
+    dls = array_dls(x[:360], y[:360], x[360:], y[360:],
+                    classes=dict(shape=list('abcd'), odd=['even', 'odd'], half=['low', 'high']))
+    torch.manual_seed(0)
+    enc, count, encode = Means(), [0], reports.encode
+    def counted(*args): count[0] += 1; return encode(*args)
+    monkeypatch.setattr(reports, 'encode', counted)
+    ask = dict(labels=(5, None), supervised=1, show=False)
+    names = ['shape', 'odd', 'half']
+    alone = {l: report(enc, dls, label=l, **ask) for l in names}
+    apart, count[0] = count[0], 0
+    together = report(enc, dls, label=names, **ask)
+    assert list(together) == names and count[0] < 0.7*apart
+    for l in names:
+        assert together[l].protocol == alone[l].protocol
+        np.testing.assert_allclose(together[l].table.values.astype(float), alone[l].table.values.astype(float), atol=1e-4)
+    with pytest.raises(ValueError, match='label is an empty list'): report(enc, dls, label=[], **ask)

@@ -175,9 +175,16 @@ def _loaders(dls, label, seed, most):
 class _Plan:
     "What every row of a report is asked"
     info:object; label:str; seed:int; labels:tuple; draws:int; how:dict
-    views:object; loaders:list; x:object; pair:tuple; why:str; pool:tuple; bars:bool=False
+    views:object; loaders:list; x:object; pair:tuple; why:str; pool:tuple
+    kept:dict; parts:dict; bars:bool=False # what was encoded for another label; which loaders
 
-def _plan(dls, labels, draws, how, views, label, seed, most):
+def _parts(loaders, dls, kept):
+    "Loaders whose features serve every label: by `id`, their name"
+    if kept is None: return {}
+    train,test = loaders
+    return {id(test): 'test'} | ({id(train): 'train'} if train.n==dls.train.n else {})
+
+def _plan(dls, labels, draws, how, views, label, seed, most, kept):
     info,why = dls.info,check_labels(dls, label)
     pool = None if why else few_in_all(dls, label)
     loaders,x = _loaders(dls, label, seed, most)
@@ -189,13 +196,25 @@ def _plan(dls, labels, draws, how, views, label, seed, most):
     views = views or default_views(info)
     seed_everything(seed)
     with torch.no_grad(): pair = views(x),views(x) # every row is asked about the same two
-    return _Plan(info, label, seed, tuple(labels), draws, how, views, loaders, x, pair, why, pool)
+    return _Plan(info, label, seed, tuple(labels), draws, how, views, loaders, x, pair, why, pool,
+                 kept, _parts(loaders, dls, kept))
 
 # %% ../../nbs/evaluate/03_report.ipynb #1d991db1
 def _features(encoder, dl, plan, name=''):
-    if encoder is None: h,y = raw_features(dl, plan.info)
-    else: h,y = encode(encoder, progress(dl, len(dl), f'{name}: features', plan.bars))
+    def look():
+        if encoder is None: return raw_features(dl, plan.info)
+        return encode(encoder, progress(dl, len(dl), f'{name}: features', plan.bars))
+    part = plan.parts.get(id(dl))
+    h,y = _once(look, plan, name, part)
+    if part=='train': h = h.clone() # the probe standardises in place
     return h,one_label(y, plan.info, plan.label)
+
+def _once(make, plan, name, what):
+    "What was made of this row for an earlier label, or made now"
+    own = name.startswith('supervised') # trained on this label
+    if plan.kept is None or what is None or own: return make()
+    if (name,what) not in plan.kept: plan.kept[name,what] = make()
+    return plan.kept[name,what]
 
 def _known(h, y): return (h,y) if (y>=0).all() else (h[y>=0],y[y>=0])
 
@@ -212,7 +231,7 @@ def _row(encoder, plan, name, labels, draws):
     (train,test),info,seed = plan.loaders,plan.info,plan.seed
     raw,right = partial(get_kind(info.kind).raw, info=info),{}
     th,ty = _features(encoder, test, plan, name)
-    free = label_free(encoder, th, plan.pair, raw)
+    free = _once(lambda: label_free(encoder, th, plan.pair, raw), plan, name, 'free')
     if plan.pool: right = divided(*_pooled(encoder, plan, name), labels, draws, seed, plan.how)
     elif labels:
         (h,y),(asked,truth) = _known(*_features(encoder, train, plan, name)),_known(th, ty)
@@ -380,20 +399,30 @@ def report(
     supervised=True, # Rows trained with labels? A number: one row, of so many epochs
     longest:float=None, # Seconds; left out where they could take longer
     views=None, # For alignment and the supervised reference; by default those that fit the data
-    label:str=None, # Which label, where samples have several; the first by default
+    label:str|list=None, # Which label, where samples have several; the first by default
     seed:int=0, show:bool=True, # Print the table?
     most:int=2**25 # Numbers in the raw features of a part; of a larger one some samples are drawn
-)->Report: # Its `protocol` says in words how the numbers came about
+)->Report: # Its `protocol` says how the numbers came about. Of a list of labels: {label: report}
     "The encoder beside the raw input, a random encoder, and one trained with labels"
-    plan = _plan(dls, labels, draws, dict(k=k, temp=temp, C=C), views, label, seed, most)
-    plan.bars = show and _announce(encoder, dls, plan, supervised)
+    several = isinstance(label, (list,tuple))
+    if several and not label: raise ValueError('label is an empty list; name one label or more')
+    kept,reps = {} if several else None,{}
+    for one in label if several else [label]:
+        plan = _plan(dls, labels, draws, dict(k=k, temp=temp, C=C), views, one, seed, most, kept)
+        plan.bars = show and _announce(encoder, dls, plan, supervised)
+        reps[one] = _table(encoder, dls, plan, supervised, longest)
+        if show: print(*([f'{one}:'] if several else []), reps[one], sep='\n')
+    return reps if several else reps[label]
+
+# %% ../../nbs/evaluate/03_report.ipynb #aec5487a
+def _table(encoder, dls, plan, supervised, longest):
+    "The report on one label"
     rights,frees,said = {},{},[]
     for name,enc,*ask in _encoders(encoder, dls, plan, supervised, longest, said):
         rights[name],frees[name],seen = _row(enc, plan, name, *ask)
         if name=='this encoder': features = seen
     rep = _finish(plan, rights, frees, features)
     rep.protocol = _protocol(dls, plan, rep, said + _luck(rep, encoder, dls, plan))
-    if show: print(rep)
     return rep
 
 # %% ../../nbs/evaluate/03_report.ipynb #36e389c0
@@ -417,7 +446,8 @@ def _luck(rep, encoder, dls, plan, enough=10):
     accs = [rep.table.loc[name,c]]
     for seed in (1,2):
         other = fit_batchnorm(fresh_encoder(encoder, seed), dls.train.new())
-        accs.append(100*np.nanmean(_row(other, plan, name, plan.labels, plan.draws)[0][c]))
+        row = _row(other, plan, f'{name}, seed {seed}', plan.labels, plan.draws)
+        accs.append(100*np.nanmean(row[0][c]))
     error = (rep.lead[name][c][1]**2 + np.var(accs, ddof=1)*(1+1/len(accs)))**0.5
     rep.lead[name][c] = float(rep.table.loc['this encoder',c]-np.mean(accs)),float(error)
     return ['The lead over its random self is over the mean of three random encoders, which '
