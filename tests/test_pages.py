@@ -22,7 +22,8 @@ PAGES = [ # those brought down to the limit so far
     'transfer/03_segmentation', 'transfer/04_detection', 'transfer/00_finetune', 'transfer/02_label_efficiency', 'transfer/17_anomaly', 'transfer/18_bias',
     'transfer/19_new_data', 'transfer/05_text_tasks', 'transfer/14_tables', 'transfer/15_series', 'transfer/08_captioning', 'transfer/08_translation',
     'transfer/06_questions', 'transfer/09_retrieval', 'transfer/12_dna', 'transfer/16_medical',
-    'app/02_runner']
+    'app/02_runner',
+    'evaluate/03_report']
 
 
 def words(text):
