@@ -23,7 +23,8 @@ PAGES = [ # those brought down to the limit so far
     'transfer/19_new_data', 'transfer/05_text_tasks', 'transfer/14_tables', 'transfer/15_series', 'transfer/08_captioning', 'transfer/08_translation',
     'transfer/06_questions', 'transfer/09_retrieval', 'transfer/12_dna', 'transfer/16_medical',
     'app/02_runner',
-    'evaluate/03_report']
+    'evaluate/03_report',
+    'data/06_video']
 
 
 def words(text):
