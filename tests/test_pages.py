@@ -24,7 +24,15 @@ PAGES = [ # those brought down to the limit so far
     'transfer/06_questions', 'transfer/09_retrieval', 'transfer/12_dna', 'transfer/16_medical',
     'app/02_runner',
     'evaluate/03_report',
-    'data/06_video']
+    'data/06_video',
+    'core/00_common', 'core/04_masks', 'core/06_heads', 'core/07_measures', 'data/00_tables', 'data/01_files', 'data/01_folders',
+    'data/01_parts', 'data/02_embedded', 'data/03_pixels', 'data/03_reading', 'data/04_images', 'data/07_pairs', 'data/08_running_text',
+    'data/09_speech', 'data/09_world', 'evaluate/01_few_labels', 'evaluate/02_baselines', 'evaluate/04_plot', 'evaluate/05_results',
+    'app/00_checks', 'app/01_folder', 'app/01_run', 'app/03_gallery', 'app/04_docs', 'app/05_embed', 'app/06_page', 'app/07_generate',
+    'app/08_card', 'app/08_export', 'app/08_finetune', 'app/09_cli', 'tutorials/01_which_task', 'benchmarks/01_contrastive',
+    'benchmarks/02_tiny_encoders', 'benchmarks/03_brief', 'benchmarks/04_neighbours', 'benchmarks/05_shakespeare', 'benchmarks/06_imdb',
+    'benchmarks/07_masked', 'benchmarks/08_sounds', 'transfer/10_motion', 'transfer/11_sound_and_picture', 'contrastive/00_joint_embedding',
+    'autoencoders/00_reconstruction']
 
 
 def words(text):
