@@ -32,7 +32,8 @@ PAGES = [ # those brought down to the limit so far
     'app/08_card', 'app/08_export', 'app/08_finetune', 'app/09_cli', 'tutorials/01_which_task', 'benchmarks/01_contrastive',
     'benchmarks/02_tiny_encoders', 'benchmarks/03_brief', 'benchmarks/04_neighbours', 'benchmarks/05_shakespeare', 'benchmarks/06_imdb',
     'benchmarks/07_masked', 'benchmarks/08_sounds', 'transfer/10_motion', 'transfer/11_sound_and_picture', 'contrastive/00_joint_embedding',
-    'autoencoders/00_reconstruction', 'evaluate/02_verdict', 'app/06_alike', 'app/06_canvas', 'app/06_map']
+    'autoencoders/00_reconstruction', 'evaluate/02_verdict', 'app/06_alike', 'app/06_canvas', 'app/06_map', 'data/05_documents',
+    'data/05_pieces', 'data/05_text']
 
 
 def words(text):

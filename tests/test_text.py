@@ -218,7 +218,7 @@ def test_a_giant_line_is_left_out_in_bounded_memory(tmp_path):
 
 def test_more_than_memory_holds_is_refused(tmp_path, monkeypatch):
     (tmp_path/'t.txt').write_text('a\nb')
-    monkeypatch.setattr('ssl_nb.data.text.fits', lambda n: False)
+    monkeypatch.setattr('ssl_nb.data.documents.fits', lambda n: False)
     for path in (tmp_path/'t.txt', tmp_path):
         with pytest.raises(ValueError, match=f'{path.name} holds .* MB of text'): read_texts(path)
 
