@@ -33,7 +33,8 @@ PAGES = [ # those brought down to the limit so far
     'benchmarks/02_tiny_encoders', 'benchmarks/03_brief', 'benchmarks/04_neighbours', 'benchmarks/05_shakespeare', 'benchmarks/06_imdb',
     'benchmarks/07_masked', 'benchmarks/08_sounds', 'transfer/10_motion', 'transfer/11_sound_and_picture', 'contrastive/00_joint_embedding',
     'autoencoders/00_reconstruction', 'evaluate/02_verdict', 'app/06_alike', 'app/06_canvas', 'app/06_map', 'data/05_documents',
-    'data/05_pieces', 'data/05_text']
+    'data/05_pieces', 'data/05_text',
+    'pretext/00_tiles']
 
 
 def words(text):
