@@ -1,5 +1,6 @@
 "Each notebook is a test: it is run from a fresh kernel, and every cell has to pass. `pytest -k simclr` runs one."
 import asyncio
+import copy
 import os
 import re
 import sys
@@ -78,12 +79,42 @@ def run(nb, path):
     return took
 
 
+NUMBER = re.compile(r'(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]*[\w])')
+TRAINS = re.compile(r'(?<!def )\b(?:\w*fit\w*|\w*train\w*|\w*report\w*|\w*tune\w*|\w*run\w*|compare\w*|estimate|advice)\(|subprocess|^!', re.M)
+VARIES = re.compile(r'perf_counter|process_time|time\.time|%time|__version__|timeit|threads|memory|mkdtemp|TemporaryDirectory')
+
+
+def comparable(nb):
+    "Numbers of the code cells that do not depend on the machine: those before anything is trained or reported, clocks aside"
+    for n,c in enumerate(nb.cells):
+        if c.cell_type!='code' or re.search(r'^#\|\s*(?:export|eval:\s*false)', c.source, re.M|re.I): continue
+        if TRAINS.search(c.source): return
+        if not VARIES.search(c.source): yield n
+
+
+def said(cell):
+    "What a cell has shown, in words and numbers; addresses and warnings left out"
+    out = [o.text if o.output_type=='stream' else o.data.get('text/plain', '') for o in cell.get('outputs', [])
+           if o.output_type!='error' and not (o.output_type=='stream' and o.name=='stderr')]
+    text = re.sub(r'0x[0-9a-f]+|/\S+/\S*', '', plain('\n'.join(out)))
+    return ' '.join(NUMBER.sub('#', text).split()), [float(v) for v in NUMBER.findall(text)]
+
+
+def stale(old, new):
+    "How a stored output differs from what the cell shows today; None if by rounding only"
+    (words,numbers),(now,values) = said(old), said(new)
+    if words!=now: return f'the file holds\n{words[:1500]}\nand it shows\n{now[:1500]}'
+    off = [(a, b) for a,b in zip(numbers, values) if abs(a-b) > 0.02+0.02*max(abs(a), abs(b))]
+    if off: return f'the file holds {off[0][0]:g} where it shows {off[0][1]:g}'
+
+
 def files(folder): return {p for p in folder.iterdir() if p.suffix!='.ipynb' and p.name[0]!='.'}
 
 
 @pytest.mark.parametrize('path', notebooks, ids=[p.relative_to(ROOT/'nbs').as_posix() for p in notebooks])
 def test_notebook(path, record_property):
     nb = nbformat.read(path, 4)
+    kept = copy.deepcopy(nb)
     stored = [shows(c) for c in nb.cells]
     for c in nb.cells:
         if c.cell_type=='code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M|re.I): c.cell_type = 'raw'
@@ -94,5 +125,25 @@ def test_notebook(path, record_property):
     for n,(c,s) in enumerate(zip(nb.cells, stored)):
         if c.cell_type=='code' and shows(c) and not s:
             failure(nb, n, f'{path.name}: cell {n} has a result that the file does not hold. Run the whole notebook and save it.')
+    for n in comparable(kept):
+        why = stale(kept.cells[n], nb.cells[n])
+        if why: failure(nb, n, f'{path.name}: the stored output of cell {n} is not of today: {why}. Run the whole notebook and save it.')
     left = files(path.parent) - before
     assert not left, f'{path.name} leaves {sorted(p.name for p in left)} in nbs/; let it write to a temporary folder'
+
+
+def code(source, text): return nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output('stream', text=text)])
+
+
+@pytest.mark.parametrize('old, new, same', [
+    ('loss 0.693, 12 clips', 'loss 0.694, 12 clips', True), ('loss 0.693', 'loss 0.793', False), ('loss 0.693', 'cost 0.693', False),
+    ('1 2 3', '1 2', False), ('<f at 0x7f2ab>', '<f at 0x81cde>', True), ('in /tmp/a1/x.csv', 'in /tmp/b2/x.csv', True),
+    ('32x32 grey', '28x28 grey', False), ('[1, 0.5]', '[1, 0.9]', False), ('1e-07', '2e-07', True), ('200', '203', True), ('200', '210', False)])
+def test_a_stored_output_of_other_code_is_found(old, new, same):
+    assert (stale(code('f()', old), code('f()', new)) is None) == same
+
+
+def test_what_is_trained_or_timed_is_not_compared():
+    sources = ['f()', '#| export\ndef fit(): train()', 'time.perf_counter()', 'g()', 'learn.fit_one_cycle(3)', 'h()']
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('#'), *(code(s, '') for s in sources)])
+    assert list(comparable(nb)) == [1, 4]
