@@ -66,6 +66,7 @@ class _Plan:
     views:object; loaders:list; x:object; pair:tuple; why:str; pool:tuple
     kept:dict; parts:dict; bars:bool=False # what was encoded for another label; which loaders
 
+# %% ../../nbs/evaluate/03_report.ipynb #3db70012
 def _parts(loaders, dls, kept):
     "Loaders whose features serve every label: by `id`, their name"
     if kept is None: return {}
