@@ -11,15 +11,15 @@ warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', ca
 def _tell(name):
     "Leave the name of an encoder with timm; the module that defines it is imported when one is built"
     def build(**kwargs):
-        from ssl_nb.core import encoders
-        return getattr(encoders, name)(**kwargs)
+        from ssl_nb.core import networks
+        return getattr(networks, name)(**kwargs)
     build.__name__ = name
     sys.modules['timm.models'].register_model(build)
     globals().pop('__all__', None) # timm has set it
 
 
 def _tell_all():
-    if 'ssl_nb.core.encoders' in sys.modules: return # which tells them itself
+    if 'ssl_nb.core.networks' in sys.modules: return # which tells them itself
     for name in ('small_stem', 'small_resnet', 'small_vit', 'small_cnn'): _tell(name)
 
 

@@ -377,7 +377,7 @@ def test_what_was_saved_stays_until_the_new_one_is_whole(saved, tmp_path, monkey
     f = copy_of(saved[0]/'image', tmp_path/'e')
     before = {p.name: p.read_bytes() for p in f.iterdir()}
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('ssl_nb.core.encoders.write_json', full)
+    monkeypatch.setattr('ssl_nb.core.encoder_weights.write_json', full)
     with pytest.raises(OSError, match='No space'): save_encoder(create_encoder('small_cnn', IMAGES), f)
     assert {p.name: p.read_bytes() for p in f.iterdir()}==before
 
@@ -524,7 +524,7 @@ def offline(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs): raise ConnectionError('Name or service not known')
     def sleep(seconds): raise AssertionError('it tries again and again')
     from huggingface_hub import constants
-    monkeypatch.setattr('ssl_nb.core.encoders.get_session', unreachable)
+    monkeypatch.setattr('ssl_nb.core.encoder_images.get_session', unreachable)
     monkeypatch.setattr('time.sleep', sleep)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
     yield tmp_path/'hub'
