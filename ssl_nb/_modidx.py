@@ -2607,8 +2607,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'ssl_nb/pretext/colorization.py'),
                                              'ssl_nb.pretext.colorization._mix': ( 'pretext/colorization.html#_mix',
                                                                                    'ssl_nb/pretext/colorization.py'),
-                                             'ssl_nb.pretext.colorization._pixels': ( 'pretext/colorization.html#_pixels',
-                                                                                      'ssl_nb/pretext/colorization.py'),
                                              'ssl_nb.pretext.colorization.ab_bins': ( 'pretext/colorization.html#ab_bins',
                                                                                       'ssl_nb/pretext/colorization.py'),
                                              'ssl_nb.pretext.colorization.annealed_mean': ( 'pretext/colorization.html#annealed_mean',
