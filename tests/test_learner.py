@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ssl_nb.core import learner as L
-from ssl_nb.core.learner import Checkpoint, ssl_learner, table_line
+from fastai.callback.core import Callback
+from ssl_nb.core.learner import Checkpoint, EpochBars, ssl_learner, table_line
 from ssl_nb.core.loader import array_dls
 from ssl_nb.core.measures import default_k, encode, knn_predict
 from ssl_nb.core.method import Method
@@ -39,7 +39,7 @@ def small_dls(n=80, counts=None):
     return array_dls(x, y, x, y, bs=16)
 
 
-class Stop(L.Callback):
+class Stop(Callback):
     order = 80 # after `Checkpoint`
     def __init__(self, epoch): self.last = epoch
     def after_epoch(self):
@@ -48,17 +48,17 @@ class Stop(L.Callback):
 
 def test_a_run_that_goes_on_has_a_bar_from_there(tmp_path, monkeypatch, capsys):
     "It said epoch 7 of 20 and estimated from twelve epochs that took no time"
-    monkeypatch.setattr(L, 'can_draw', lambda: True)
+    monkeypatch.setattr('ssl_nb.core.bars.can_draw', lambda: True)
     dls = small_dls()
     with pytest.raises(KeyboardInterrupt):
         ssl_learner(dls, Mirrored(), cbs=[Checkpoint(tmp_path/'c.pt', seconds=0), Stop(11)]).fit(20)
     capsys.readouterr()
-    seen, real = [], L.EpochBars.before_epoch
+    seen, real = [], EpochBars.before_epoch
     def before_epoch(self):
         real(self)
         if self.epoch==14: seen.append((self.mbar.main_bar.pred_t-(self.mbar.main_bar.last_t-self.mbar.main_bar.start_t)) /
                                        (self.mbar.main_bar.last_t-self.mbar.main_bar.start_t))
-    monkeypatch.setattr(L.EpochBars, 'before_epoch', before_epoch)
+    monkeypatch.setattr(EpochBars, 'before_epoch', before_epoch)
     ssl_learner(dls, Mirrored(), cbs=[Checkpoint(tmp_path/'c.pt', resume=True)]).fit(20)
     out = capsys.readouterr().out
     epochs = [int(e) for e in re.findall(r'Epoch (\d+)/20', out)]
@@ -99,7 +99,7 @@ def test_one_rule_for_all_bars(root):
     "Whatever draws a bar asks `progress`, which knows whether someone can see it"
     uses = [p.relative_to(root).as_posix() for p in (root/'ssl_nb').rglob('*.py') if re.search('progress_bar|master_bar|ProgressCallback', p.read_text('utf-8'))
             and p.name!='_modidx.py']
-    assert uses==['ssl_nb/core/learner.py']
+    assert uses==['ssl_nb/core/bars.py']
 
 
 def test_columns_do_not_run_together():

@@ -28,6 +28,7 @@ PAGES = [ # those brought down to the limit so far
     'core/02_batch', 'core/02_cut', 'core/02_image_values', 'core/02_info', 'core/02_kinds', 'core/02_labels', 'core/02_loader',
     'core/04_networks', 'core/05_encoder_contract', 'core/05_encoder_fit', 'core/05_encoder_images', 'core/05_encoder_text', 'core/05_encoder_untrained', 'core/05_encoder_video', 'core/05_encoder_weights', 'core/05_encoders',
     'core/03_batch_crop', 'core/03_blur', 'core/03_colour', 'core/03_geometry', 'core/03_random_ops', 'core/03_token_views', 'core/03_views',
+    'core/01_method', 'core/08_bars', 'core/08_callback', 'core/08_collapse', 'core/08_history', 'core/08_interrupted', 'core/08_learner',
     'core/00_common', 'core/04_masks', 'core/06_heads', 'core/07_measures', 'data/00_tables', 'data/01_files', 'data/01_folders',
     'data/01_parts', 'data/02_embedded', 'data/03_pixels', 'data/03_reading', 'data/04_images', 'data/07_pairs', 'data/08_running_text',
     'data/09_speech', 'data/09_world', 'evaluate/01_few_labels', 'evaluate/02_baselines', 'evaluate/04_plot', 'evaluate/05_results',

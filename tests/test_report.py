@@ -301,10 +301,10 @@ def test_pretrain_gives_the_rows_with_labels_its_own_time_and_three_minutes_at_l
 
 
 def test_a_long_report_says_so_before_and_shows_bars_with_an_estimate(monkeypatch, capsys):
-    from ssl_nb.core import learner
+    from ssl_nb.core import bars
     x, y = classes([100, 100])
     dls = array_dls(x, y, x, y)
-    monkeypatch.setattr(learner, 'can_draw', lambda: True)
+    monkeypatch.setattr(bars, 'can_draw', lambda: True)
     monkeypatch.setattr(R, 'can_draw', lambda: True)
     monkeypatch.setattr(reports, '_seconds', lambda *args: (30., 600.))
     report(Means(), dls)
