@@ -39,7 +39,8 @@ PAGES = [ # those brought down to the limit so far
     'autoencoders/00_reconstruction', 'evaluate/02_verdict', 'app/06_alike', 'app/06_canvas', 'app/06_map', 'data/05_documents',
     'data/05_pieces', 'data/05_text',
     'pretext/00_tiles', 'data/03_ink', 'data/03_moving', 'data/03_scenes', 'app/02_score', 'app/03_compare',
-    'pretext/05_colorization']
+    'pretext/05_colorization',
+    'pretext/03_relative_patch']
 
 
 def words(text):
