@@ -83,19 +83,19 @@ class ContextEncoder(Method):
         central:bool=False, # Hole always in the middle? (paper: both, sec. 3.3)
         overlap:int=1, # Pixels of ring around the hole, reconstructed too (paper: 7 of 128)
         ring:float=10., # Weight of these pixels (paper: 10)
-        adversarial:float=0. # Weight of the discriminator against the squared error; 0 for none
+        adversarial:float=0., # Weight of the discriminator against the squared error; 0 for none
+        width:int=32 # Channels of the decoder at full size
     ):
         super().__init__(encoder)
-        self.size,self.hole,self.central = size,hole,central
-        self.overlap,self.ring,self.adversarial = overlap,ring,adversarial
-        self.decoder = Decoder(encoder.num_features, channels, size)
+        self.size,self.hole,self.central,self.overlap = size,hole,central,overlap
+        self.ring,self.adversarial = ring,adversarial
+        self.decoder = Decoder(encoder.num_features, channels, size, width)
         if adversarial: self.discriminator = Discriminator(channels)
-
     @classmethod
     def for_data(cls, encoder, dls, **kwargs):
-        size = dls.info.size
-        sizes = dict(size=size, channels=dls.info.channels, overlap=max(1, round(7/128*size)))
-        return cls(encoder, **sizes | kwargs)
+        size,channels = dls.info.size,dls.info.channels
+        fit = dict(size=size, channels=channels, overlap=max(1, round(7/128*size)))
+        return cls(encoder, **fit | kwargs)
 
 # %% ../../nbs/pretext/04_inpainting.ipynb #ed40d9dd
 @patch
