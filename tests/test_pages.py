@@ -41,7 +41,8 @@ PAGES = [ # those brought down to the limit so far
     'pretext/00_tiles', 'data/03_ink', 'data/03_moving', 'data/03_scenes', 'app/02_score', 'app/03_compare',
     'pretext/05_colorization',
     'pretext/03_relative_patch',
-    'pretext/04_inpainting']
+    'pretext/04_inpainting',
+    'pretext/02_jigsaw']
 
 
 def words(text):
