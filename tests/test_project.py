@@ -68,6 +68,12 @@ def test_notebook_is_small(path):
 
 
 @each_notebook
+def test_nothing_is_left_to_be_written(path):
+    left = re.findall(r'@@\w*|\bTODO\w*|\bFIXME\b|\b[A-Z]+PROSE\b', ' '.join(source(c) for c in json.loads(path.read_text(encoding='utf-8'))['cells']))
+    assert not left, f'{path.name} still has {left}'
+
+
+@each_notebook
 def test_results_are_stored(path):
     "The notebook was saved after a full run, that run met no error, and its results name no folder of one machine"
     cells = code_cells(path)
