@@ -8,42 +8,8 @@ import pytest
 from conftest import ROOT
 
 LIMIT = 15  # minutes
-PAGES = [ # those brought down to the limit so far
-    'contrastive/18_clip', 'pretext/06_restoration', 'pretext/07_transformation', 'pretext/08_next_frame', 'pretext/10_sentence_order', 'autoencoders/03_contractive', 'autoencoders/02_denoising', 'autoencoders/01_autoencoder',
-    'contrastive/01_infonce', 'contrastive/02_simclr', 'contrastive/03_moco', 'contrastive/04_moco_v3', 'contrastive/05_dcl',
-    'contrastive/06_nnclr', 'contrastive/07_supcon', 'contrastive/09_byol', 'contrastive/10_simsiam', 'contrastive/11_barlow', 'contrastive/12_vicreg',
-    'contrastive/13_wmse', 'contrastive/15_deepcluster', 'contrastive/19_collapse', 'contrastive/20_simcse', 'pretext/01_rotation', 'autoencoders/04_vae', 'autoencoders/07_bigan', 'autoencoders/06_gan', 'autoencoders/05_vqvae', 'evaluate/06_text_report',
-    'masked/00_hidden', 'masked/00_left_to_right', 'masked/00_tubelets', 'masked/00_words', 'masked/01_mae', 'masked/02_simmim',
-    'masked/03_beit', 'masked/04_maskfeat', 'masked/05_data2vec', 'masked/06_ijepa', 'masked/07_ibot',
-    'masked/08_next_patch', 'masked/09_vjepa', 'masked/10_lewm', 'masked/11_bert', 'masked/12_electra', 'masked/13_gpt',
-    'masked/14_llama', 'masked/15_diffusion_text', 'masked/16_sentence_pairs', 'masked/17_bert_encoder',
-    'masked/00_frames', 'masked/21_wav2vec2', 'masked/22_hubert', 'masked/23_best_rq', 'masked/24_masked_frames',
-    'contrastive/08_cpc', 'contrastive/21_speaker', 'contrastive/22_on_sounds', 'pretext/11_undistort', 'evaluate/07_verification',
-    'data/10_mel', 'data/11_spoken', 'data/12_sound_views', 'data/13_sound_encoders', 'data/14_audio', 'transfer/01_speech_to_text',
-    'transfer/03_segmentation', 'transfer/04_detection', 'transfer/00_finetune', 'transfer/02_label_efficiency', 'transfer/17_anomaly', 'transfer/18_bias',
-    'transfer/19_new_data', 'transfer/05_text_tasks', 'transfer/14_tables', 'transfer/15_series', 'transfer/08_captioning', 'transfer/08_translation',
-    'transfer/06_questions', 'transfer/09_retrieval', 'transfer/12_dna', 'transfer/16_medical',
-    'app/02_runner',
-    'evaluate/03_report',
-    'data/06_video',
-    'core/02_batch', 'core/02_cut', 'core/02_image_values', 'core/02_info', 'core/02_kinds', 'core/02_labels', 'core/02_loader',
-    'core/04_networks', 'core/05_encoder_contract', 'core/05_encoder_fit', 'core/05_encoder_images', 'core/05_encoder_text', 'core/05_encoder_untrained', 'core/05_encoder_video', 'core/05_encoder_weights', 'core/05_encoders',
-    'core/03_batch_crop', 'core/03_blur', 'core/03_colour', 'core/03_geometry', 'core/03_random_ops', 'core/03_token_views', 'core/03_views',
-    'core/01_method', 'core/08_bars', 'core/08_callback', 'core/08_collapse', 'core/08_history', 'core/08_interrupted', 'core/08_learner',
-    'core/00_common', 'core/04_masks', 'core/06_heads', 'core/07_measures', 'data/00_tables', 'data/01_files', 'data/01_folders',
-    'data/01_parts', 'data/02_embedded', 'data/03_pixels', 'data/03_reading', 'data/04_images', 'data/07_pairs', 'data/08_running_text',
-    'data/09_speech', 'data/09_world', 'evaluate/01_few_labels', 'evaluate/02_baselines', 'evaluate/04_plot', 'evaluate/05_results',
-    'app/00_checks', 'app/01_folder', 'app/01_run', 'app/03_gallery', 'app/04_docs', 'app/05_embed', 'app/06_page', 'app/07_generate',
-    'app/08_card', 'app/08_export', 'app/08_finetune', 'app/09_cli', 'tutorials/01_which_task', 'benchmarks/01_contrastive',
-    'benchmarks/02_tiny_encoders', 'benchmarks/03_brief', 'benchmarks/04_neighbours', 'benchmarks/05_shakespeare', 'benchmarks/06_imdb',
-    'benchmarks/07_masked', 'benchmarks/08_sounds', 'transfer/10_motion', 'transfer/11_sound_and_picture', 'contrastive/00_joint_embedding',
-    'autoencoders/00_reconstruction', 'evaluate/02_verdict', 'app/06_alike', 'app/06_canvas', 'app/06_map', 'data/05_documents',
-    'data/05_pieces', 'data/05_text',
-    'pretext/00_tiles', 'data/03_ink', 'data/03_moving', 'data/03_scenes', 'app/02_score', 'app/03_compare',
-    'pretext/05_colorization',
-    'pretext/03_relative_patch',
-    'pretext/04_inpainting',
-    'pretext/02_jigsaw']
+LONGER = {'contrastive/14_lejepa', 'contrastive/16_swav', 'contrastive/17_dino', 'pretext/09_frame_order'}  # not brought down to it so far
+PAGES = sorted(p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in (ROOT/'nbs').glob('*/[0-9]*.ipynb'))
 
 
 def words(text):
@@ -140,4 +106,5 @@ def test_checks_are_skipped_exercises_are_not():
 @pytest.mark.parametrize('page', PAGES)
 def test_a_page_is_read_in_a_quarter_of_an_hour(page):
     took = reading_time(nbformat.read(ROOT/f'nbs/{page}.ipynb', 4))
-    assert took <= LIMIT, f'{page} takes {took:.1f} minutes to read; leave out what is told twice, or proved a third time'
+    if page in LONGER: assert took > LIMIT, f'{page} is no longer than {LIMIT} minutes: take it out of the list above'
+    else: assert took <= LIMIT, f'{page} takes {took:.1f} minutes to read; leave out what is told twice, or proved a third time'
