@@ -112,10 +112,10 @@ def comparable(nb):
 
 
 def said(cell):
-    "What a cell has shown, in words and numbers; addresses and warnings left out"
+    "What a cell has shown, in words and numbers; addresses, warnings and bars of progress left out"
     out = [o.text if o.output_type=='stream' else o.data.get('text/plain', '') for o in cell.get('outputs', [])
            if o.output_type!='error' and not (o.output_type=='stream' and o.name=='stderr')]
-    text = re.sub(r'0x[0-9a-f]+|/\S+/\S*', '', plain('\n'.join(out)))
+    text = re.sub(r'0x[0-9a-f]+|/\S+/\S*|<IPython.core.display.HTML object>', '', plain('\n'.join(out)))
     return ' '.join(NUMBER.sub('#', text).split()), [float(v) for v in NUMBER.findall(text)]
 
 

@@ -20,7 +20,7 @@ def image_encoder(
     name:str, # 'small_cnn', 'small_vit', or any timm model
     info:DataInfo, # `dls.info`
     pretrained:bool=False, # With timm's weights, their channel means and stem?
-    keep_stem:bool=False, # Timm's own stem, also for small images?
+    keep_stem:bool=False, # The stem of timm, also for small images?
     **kwargs # For the model
 )->ImageEncoder: # With random weights, unless `pretrained`
     "A timm model that fits the images; `ValueError` if it does not, or if there is no such model"
