@@ -1,7 +1,7 @@
 """A kernel for each notebook, forked from a process that has imported the libraries: importing them takes longer than many pages.
 
 `python kernels.py serve ADDRESS` imports and waits; `python kernels.py kernel ADDRESS CONNECTION_FILE` stands for one kernel:
-it asks the server to fork, and the kernel ends when it ends. Of `ssl_nb` nothing is imported, and no names are left behind.
+it asks the server to fork, and the kernel ends when it ends. Of `ssl_nb` and of fastai, which changes tensors, nothing is imported, and no names are left behind.
 """
 import json
 import os
@@ -10,13 +10,14 @@ import socket
 import sys
 import threading
 
-LIBRARIES = ('torch', 'torchvision', 'timm', 'fastai.learner', 'fastai.data.all', 'sklearn.linear_model', 'sklearn.neighbors', 'sklearn.cluster',
-             'pandas', 'matplotlib', 'safetensors.torch', 'fastcore.test', 'ipykernel.kernelapp')
+LIBRARIES = ('torch', 'torchvision', 'timm', 'sklearn.linear_model', 'sklearn.neighbors', 'sklearn.cluster',
+             'pandas', 'matplotlib', 'safetensors.torch', 'ipykernel.kernelapp')
 
 
 def serve(address):
     os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline' # as ipykernel has it
     for name in LIBRARIES: __import__(name)
+    sys.modules['pandas'].set_option('display.max_columns', 20) # as in a kernel; it believes to be in a terminal
     signal.signal(signal.SIGCHLD, signal.SIG_IGN) # nobody waits for the forks
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
