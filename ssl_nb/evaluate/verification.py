@@ -39,8 +39,8 @@ def det_curve(
     order = np.argsort(-s, kind='stable')
     s,y,w = s[order],y[order],w[order]
     last = np.r_[s[1:]!=s[:-1], True] # of each group of equal scores
-    strangers,owners = [np.cumsum(w*kind)[last]/(w*kind).sum() for kind in (~y, y)]
-    return np.r_[0, strangers],1-np.r_[0, owners],np.r_[np.inf, s[last]]
+    impostors,genuine = [np.cumsum(w*kind)[last]/(w*kind).sum() for kind in (~y, y)]
+    return np.r_[0, impostors],1-np.r_[0, genuine],np.r_[np.inf, s[last]]
 
 def _check_pairs(s, y):
     if s.shape!=y.shape or s.ndim!=1: raise ValueError(
