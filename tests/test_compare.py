@@ -68,7 +68,9 @@ def test_label_says_what_ranks(capsys, tmp_path):
     assert found['colour'] > found['digit']+10
     assert measure(None, dls)[0]['probe']==found[next(iter(dls.info.classes))]
     assert run('scenes', tmp_path/'out', '--samples', 100, '--methods', 'rotation', '--label', 'colur')
-    assert "unknown label 'colur'; did you mean colour?" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "unknown label 'colur'; did you mean colour?" in said.err
+    assert not (tmp_path/'out/compare.json').exists() and 'rotation' not in said.out # before anything is trained
 
 
 def test_goes_on_where_it_stopped(tmp_path):

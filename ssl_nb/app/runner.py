@@ -384,7 +384,8 @@ def run_many(
     check_settings(seeds=len(seeds), workers=workers)
     workers = workers or (os.cpu_count() if cfg['device']=='cpu' else 1)
     with workplace(file.parent, file.name, lock=f'.{file.name}.lock'):
-        results,_ = _results(file, cfg, kept),load(cfg) # bad data is told before it begins
+        results,dls = _results(file, cfg, kept),load(cfg) # bad data is told before it begins
+        dls.info.column(cfg.get('label')) # and so is an unknown label
         done = {(r['method'],r['seed']) for r in results['runs']}
         jobs = [(n, s, cfg, measure) for s in seeds for n in names if (n,s) not in done]
         if tell and jobs: tell(jobs, min(workers, len(jobs)))
