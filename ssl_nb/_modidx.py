@@ -1935,6 +1935,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ssl_nb/evaluate/few_labels.py'),
                                             'ssl_nb.evaluate.few_labels.few_label_accuracy': ( 'evaluate/few_labels.html#few_label_accuracy',
                                                                                                'ssl_nb/evaluate/few_labels.py'),
+                                            'ssl_nb.evaluate.few_labels.few_label_knn': ( 'evaluate/few_labels.html#few_label_knn',
+                                                                                          'ssl_nb/evaluate/few_labels.py'),
                                             'ssl_nb.evaluate.few_labels.fit_probe': ( 'evaluate/few_labels.html#fit_probe',
                                                                                       'ssl_nb/evaluate/few_labels.py'),
                                             'ssl_nb.evaluate.few_labels.label_draws': ( 'evaluate/few_labels.html#label_draws',

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['draw_labels', 'fit_probe', 'linear_probe', 'label_draws', 'predictions', 'by_column', 'few_label_accuracy',
-           'test_error', 'paired_lead', 'labels_of', 'labelled', 'asked_part', 'few_in_all', 'check_labels', 'divided']
+           'few_label_knn', 'test_error', 'paired_lead', 'labels_of', 'labelled', 'asked_part', 'few_in_all',
+           'check_labels', 'divided']
 
 # %% ../../nbs/evaluate/01_few_labels.ipynb #746478e5
 import warnings
 import numpy as np, torch
 from sklearn.linear_model import LogisticRegression
 from ..core.loader import one_label
-from ..core.measures import default_k, knn_predict
+from ..core.measures import default_k, encode, knn_predict
 
 # %% ../../nbs/evaluate/01_few_labels.ipynb #e0433e64
 def draw_labels(
@@ -82,6 +83,19 @@ def few_label_accuracy(
     out = predictions(train_h.float().clone(), train_y, test_h[known].float(), drawn, k, temp, C)
     accs = {c: 100*r.mean(1) for c,r in by_column(out, test_y[known].cpu().numpy()).items()}
     return {c: (a.mean(),a.std()) for c,a in accs.items()}
+
+# %% ../../nbs/evaluate/01_few_labels.ipynb #7d147daf
+def few_label_knn(
+    encoder, # Any encoder
+    dls, # DataLoaders with labels
+    n:int=10, # Labels per class
+    label:str=None # Which label, where samples have several
+)->float: # Percent, mean over five draws
+    "k-NN accuracy on the validation split, from a few labels per class of the train split"
+    parts = dls.train.new(shuffle=False, drop_last=False),dls.valid
+    (h,y),(vh,vy) = [encode(encoder, dl) for dl in parts]
+    y,vy = [one_label(o, dls.info, label) for o in (y, vy)]
+    return float(few_label_accuracy(h, y, vh, vy, labels=(n,))['knn',n][0])
 
 # %% ../../nbs/evaluate/01_few_labels.ipynb #c73f4b1f
 def test_error(
