@@ -166,11 +166,46 @@ def test_an_untrained_encoder_is_not_called_better_than_another_one(monkeypatch)
         with torch.no_grad():
             if seed == 0: draws[-1].layer.weight[12:] = 0.
         return draws[-1]
-    monkeypatch.setattr(reports, 'fresh_encoder', fresh)
+    monkeypatch.setattr(R, 'fresh_encoder', fresh)
     rep = report(lucky, dls, supervised=0, show=False)
     assert len(draws) == 3 and 'level with its random self' in rep.verdict() and 'worse' not in repr(rep)
     c = rep.table['probe 10']
     assert c['this encoder']-c['random encoder'] > 6 # against one of them it would be better
+
+
+class Normalised(Means):
+    "Of its features eight say the class; the others, next to nothing as built, are as large once normalised"
+    def __init__(self, loud=True, channels=1, num_features=200):
+        super().__init__(channels, num_features)
+        self.args |= dict(loud=loud)
+        self.norm, self.loud = nn.BatchNorm1d(self.num_features), loud
+    def forward(self, x):
+        h = super().forward(x)
+        rest = torch.sin(1e4*h[:, 8:]) # as good as noise
+        return self.norm(torch.cat([h[:, :8], 1e-3*rest], 1) if self.loud else torch.cat([1e-3*h[:, :8]+100, 1e-3*rest+100], 1))
+
+
+@pytest.mark.parametrize('loud,words', [(True, 'has not seen'), (False, 'has seen')])
+def test_the_random_encoder_is_the_stronger_of_two(loud, words):
+    "As built or fitted to the data, whichever knows more of the train split; labels of the test split play no part"
+    x, y = classes([150]*4, own=0.3)
+    tx, ty = classes([60]*4, seed=1, own=0.3)
+    one, other = [array_dls(x, y, tx, t, bs=64) for t in (ty, np.roll(ty, 7))]
+    enc = Normalised(loud=loud)
+    best = R.random_encoder(enc, one)
+    fitted = best.norm.num_batches_tracked > 0
+    assert bool(fitted) != loud and not best.training
+    same = R.random_encoder(enc, other).state_dict()
+    assert all(torch.equal(v, same[k]) for k, v in best.state_dict().items())
+    assert words in report(enc, one, supervised=0, show=False).protocol
+    plain = R.random_encoder(Means(), one)
+    assert 'normalisation' not in report(plain, one, supervised=0, show=False).protocol
+
+
+def test_without_labels_a_random_encoder_is_as_built():
+    x = np.random.default_rng(0).random((100, 8, 8))
+    best = R.random_encoder(Normalised(), array_dls(x, bs=32))
+    assert best.norm.num_batches_tracked == 0
 
 
 def test_supervised_has_a_length_of_its_own_and_a_rival_with_ten_labels():
@@ -251,7 +286,7 @@ def test_every_encoder_looks_once_at_each_sample(monkeypatch):
     real = reports.raw_features
     monkeypatch.setattr(reports, 'raw_features', lambda *args: raws.append(args[0].n) or real(*args))
     monkeypatch.setattr(reports, '_luck', lambda *args: [])
-    monkeypatch.setattr(reports, 'fresh_encoder', lambda enc: Means())
+    monkeypatch.setattr(R, 'fresh_encoder', lambda *args: Means())
     report(Counts(), dls, supervised=0, show=False)
     n, views = sum(dl.n for dl in (dls.train, dls.test)), 2*dls.test.one_batch()[0].shape[0]
     assert sum(seen) == n+views and sorted(raws) == sorted((dls.train.n, dls.test.n))

@@ -26,7 +26,7 @@ from ..core.learner import CollapseMonitor, progress, seed_everything, ssl_learn
 from ..core.loader import ResidentDL, finish_dls, get_kind, one_label
 from ..core.measures import encode, rankme
 from ..core.method import check_modality, find_methods, get_method, kinds_of, looking
-from ..evaluate.baselines import fit_batchnorm, raw_features
+from ..evaluate.baselines import random_encoder, raw_features
 from ..evaluate.few_labels import few_label_accuracy
 
 # %% ../../nbs/app/02_runner.ipynb #2942391a
@@ -239,12 +239,12 @@ def epoch_seconds(
         return learn.pace.seconds()
 
 # %% ../../nbs/app/02_runner.ipynb #cdb506b5
-def _reference(name, cfg, dls):
+def _reference(name, seed, cfg, dls):
     "No training: the input itself, or an encoder with random weights"
     if name=='raw input': return None,{}
     own = cfg.get('encoder_args', {})
-    random = create_encoder(cfg['encoder'], dls.info, **own).to(cfg['device'])
-    return fit_batchnorm(random, dls.train.new()),{}
+    enc = create_encoder(cfg['encoder'], dls.info, **own).to(cfg['device'])
+    return random_encoder(enc, dls, seed),{}
 
 def _method(name, cfg, dls):
     "(DataLoaders in the method's batches, method, what it is trained with)"
@@ -301,7 +301,7 @@ def run_one(
         seed_everything(seed)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # collapse is in the numbers
-            if name in references: encoder,seen = _reference(name, cfg, dls)
+            if name in references: encoder,seen = _reference(name, seed, cfg, dls)
             else: encoder,seen = _train(name, seed, cfg, dls)
             numbers,more = measure(encoder, dls, seed)
         return dict(method=name, seed=seed) | seen | numbers,more

@@ -10,15 +10,14 @@ import time
 from dataclasses import dataclass
 from functools import partial
 import numpy as np, pandas as pd, torch
-from ..core.encoders import fresh_encoder
 from ..core.learner import progress, seed_everything
 from ..core.loader import get_kind, one_label
 from ..core.measures import (alignment, default_k, encode, feature_std, rankme,
                                   uniformity)
 from ..core.method import same_random
 from ..core.views import default_views
-from .baselines import (fit_batchnorm, most_epochs, raw_features,
-                                       supervised_encoder)
+from .baselines import (has_batchnorm, most_epochs, random_encoder,
+                                       raw_features, supervised_encoder)
 from .few_labels import (asked_part, by_column, check_labels, divided, draw_labels,
                                         few_in_all, label_draws, labelled, labels_of,
                                         paired_lead, predictions, test_error)
@@ -129,15 +128,24 @@ def _row(encoder, plan, name, labels, draws):
     return {f'{m} {n or "all"}': r for (m,n),r in right.items()},free,(th,ty)
 
 # %% ../../nbs/evaluate/03_report.ipynb #4ae0c119
+def _statistics(encoder):
+    "What batch normalisation of a random encoder has seen, in words"
+    if not has_batchnorm(encoder): return ''
+    state = encoder.state_dict().items()
+    fitted = any(v>0 for k,v in state if k.endswith('num_batches_tracked'))
+    return (f'; its batch normalisation has {"" if fitted else "not "}seen the train split '
+            '(of the two the one that knows more there)')
+
 def _encoders(encoder, dls, plan, supervised, longest, said):
     "(name, encoder, labels, draws) of each row; what is to be told of them goes into `said`"
     every = plan.labels,plan.draws
     yield 'raw input',None,*every
-    try: random = fresh_encoder(encoder)
+    name = 'random encoder'
+    try: random = _once(lambda: random_encoder(encoder, dls, 0, plan.label), plan, name, 'built')
     except ValueError as e: random,words = None,f'No rows of untrained encoders: {e}.'
-    else: words = 'Random encoder: built anew, batch statistics of the train split.'
+    else: words = f'Random encoder: built anew{_statistics(random)}.'
     said.append(words)
-    if random: yield 'random encoder',fit_batchnorm(random, dls.train.new()),*every
+    if random: yield name,random,*every
     yield 'this encoder',encoder,*every
     if not (random and supervised and plan.labels and not plan.pool): return
     took = _seconds(encoder, dls, plan, supervised)[1] if longest is not None else 0
@@ -334,7 +342,7 @@ def _luck(rep, encoder, dls, plan, enough=10):
     if _standing(*lead)=='level with' or lead[0]>enough: return []
     accs = [rep.table.loc[name,c]]
     for seed in (1,2):
-        other = fit_batchnorm(fresh_encoder(encoder, seed), dls.train.new())
+        other = random_encoder(encoder, dls, seed, plan.label)
         row = _row(other, plan, f'{name}, seed {seed}', plan.labels, plan.draws)
         accs.append(100*np.nanmean(row[0][c]))
     error = (rep.lead[name][c][1]**2 + np.var(accs, ddof=1)*(1+1/len(accs)))**0.5
