@@ -2009,6 +2009,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ssl_nb.evaluate.report.report': ('evaluate/report.html#report', 'ssl_nb/evaluate/report.py')},
             'ssl_nb.evaluate.results': { 'ssl_nb.evaluate.results.mean_table': ( 'evaluate/results.html#mean_table',
                                                                                  'ssl_nb/evaluate/results.py'),
+                                         'ssl_nb.evaluate.results.one_column': ( 'evaluate/results.html#one_column',
+                                                                                 'ssl_nb/evaluate/results.py'),
                                          'ssl_nb.evaluate.results.plot_results': ( 'evaluate/results.html#plot_results',
                                                                                    'ssl_nb/evaluate/results.py'),
                                          'ssl_nb.evaluate.results.protocol': ( 'evaluate/results.html#protocol',
