@@ -49,8 +49,8 @@ def one_column(
 )->pd.Series: # Means over the seeds, best first, with the raw input and the random encoder
     "One number of every row"
     untrained = {n: reference(results, n).get(by) for n in ('raw input','random encoder')}
-    rows = mean_table(results, by)[by].to_dict() | {n: v for n,v in untrained.items() if v is not None}
-    return pd.Series(rows, name=by).sort_values(ascending=False)
+    rows = untrained | mean_table(results, by)[by].to_dict()
+    return pd.Series(rows, name=by, dtype=float).dropna().sort_values(ascending=False)
 
 # %% ../../nbs/evaluate/05_results.ipynb #64a61e4d
 def text_table(
