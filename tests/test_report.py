@@ -202,6 +202,12 @@ def test_the_random_encoder_is_the_stronger_of_two(loud, words):
     assert 'normalisation' not in report(plain, one, supervised=0, show=False).protocol
 
 
+def test_one_rare_class_does_not_end_the_choice_of_a_random_encoder():
+    x, y = classes([150, 150, 150, 1], own=0.3)
+    best = R.random_encoder(Normalised(loud=False), array_dls(x, y, x, y, bs=64))
+    assert best.norm.num_batches_tracked > 0
+
+
 def test_without_labels_a_random_encoder_is_as_built():
     x = np.random.default_rng(0).random((100, 8, 8))
     best = R.random_encoder(Normalised(), array_dls(x, bs=32))

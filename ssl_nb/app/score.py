@@ -12,7 +12,7 @@ from ..core.loader import one_label
 from ..core.measures import encode, feature_std, nearest_ids, rankme
 from ..core.views import default_views
 from ..evaluate.baselines import raw_features
-from ..evaluate.few_labels import draw_labels, few_label_accuracy
+from ..evaluate.few_labels import few_within
 
 # %% ../../nbs/app/02_score.ipynb #4ef9007a
 def overlap(
@@ -49,18 +49,8 @@ def few_label_score(
     least:int=6 # Classes with fewer labels are not looked at
 ): # (mean, std) in percent, or None where fewer than two classes have so many labels
     "Accuracy of a linear probe: learned from `n` labels per class, asked about the other samples"
-    y = y.cpu().clone()
-    classes,count = y[y>=0].unique(return_counts=True)
-    y[~torch.isin(y, classes[count>=least])] = -1
-    if (count>=least).sum()<2: return None
-    h,y,accs = h.cpu()[y>=0],y[y>=0],[]
-    few = min(n, int(count[count>=least].min())//2)
-    for seed in range(draws):
-        idx = torch.from_numpy(draw_labels(y, few, seed))
-        rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, idx, False)
-        acc = few_label_accuracy(h[idx], y[idx], h[rest], y[rest], labels=(None,))
-        accs.append(acc['probe',None][0])
-    return float(np.mean(accs)),float(np.std(accs))
+    acc = few_within(h.cpu(), y.cpu(), draws, n, least)
+    return acc and (float(acc['probe'].mean()),float(acc['probe'].std()))
 
 # %% ../../nbs/app/02_score.ipynb #34a067bf
 def _features(encoder, dl, info):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_labels', 'fit_probe', 'linear_probe', 'label_draws', 'predictions', 'by_column', 'few_label_accuracy',
            'few_label_knn', 'test_error', 'paired_lead', 'labels_of', 'labelled', 'asked_part', 'few_in_all',
-           'check_labels', 'divided']
+           'check_labels', 'divided', 'few_within']
 
 # %% ../../nbs/evaluate/01_few_labels.ipynb #746478e5
 import warnings
@@ -180,3 +180,16 @@ def divided(h, y, labels, draws, seed, how):
             out[key][rest.cpu().numpy()] = p==truth[rest.cpu().numpy()]
     columns = dict.fromkeys((m,n) for m,n,_ in out)
     return {c: np.stack([v for (m,n,_),v in out.items() if (m,n)==c]) for c in columns}
+
+# %% ../../nbs/evaluate/01_few_labels.ipynb #8ae6b7db
+def few_within(
+    h, y, # Features (N,D) and labels (N,); -1 unknown
+    draws:int=10, n:int=10, # Random divisions; labels per class to learn from
+    least:int=6 # Classes with fewer labels are not looked at
+)->dict: # 'knn'|'probe' -> (draws,) percent; None where fewer than two classes have so many
+    "Accuracies within one set: learned from `n` labels per class, asked about the other samples"
+    classes,count = y[y>=0].unique(return_counts=True)
+    if (count>=least).sum()<2: return None
+    known,few = torch.isin(y, classes[count>=least]),min(n, int(count[count>=least].min())//2)
+    right = divided(h[known], y[known], (few,), draws, 0, {})
+    return {m: 100*np.nanmean(r, 1) for (m,_),r in right.items()}

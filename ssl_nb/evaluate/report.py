@@ -16,7 +16,7 @@ from ..core.measures import (alignment, default_k, encode, feature_std, rankme,
                                   uniformity)
 from ..core.method import same_random
 from ..core.views import default_views
-from .baselines import (has_batchnorm, most_epochs, random_encoder,
+from .baselines import (bounded, has_batchnorm, most_epochs, random_encoder,
                                        raw_features, supervised_encoder)
 from .few_labels import (asked_part, by_column, check_labels, divided, draw_labels,
                                         few_in_all, label_draws, labelled, labels_of,
@@ -39,18 +39,13 @@ def label_free(
                 uniformity=uniformity(h[:2000]).item(), std=feature_std(h).item())
 
 # %% ../../nbs/evaluate/03_report.ipynb #bb009316
-def _bounded(dl, most, seed):
-    "At most so many samples of a loader, drawn at random, in their order"
-    if dl.n<=most or not hasattr(dl, 'take'): return dl
-    return dl.take(torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(dl.n)[:most])))
-
 def _loaders(dls, label, seed, most):
     "[train, asked]: unshuffled, the first with labelled samples only; samples to look at"
     info,test = dls.info,getattr(dls, asked_part(dls))
     x = test.one_batch()[0][:1]
     most = max(100, most//get_kind(info.kind).raw(x, info).shape[1])
     train = labelled(dls.train.new(shuffle=False, drop_last=False), info, label)
-    loaders = [_bounded(dl, most, seed) for dl in (train, test)]
+    loaders = [bounded(dl, most, seed) for dl in (train, test)]
     n,xs = max(2, min(1000, 2**22//x[0].numel())),[]
     for b in test:
         xs.append(b[0])
