@@ -40,12 +40,13 @@ def test_default_run_beats_pixels(default_run):
 
 
 def test_default_run_is_short_and_reports(default_run):
+    "Training takes 35 s on two idle cores; twice a minute leaves room for the tests that run beside it"
     run, printed = default_run
     rows = pd.read_csv(run/'history.csv')
     assert len(rows) == get_method('simclr').recipe['epochs']
     assert (rows['samples/s'] > 0).all()
     seconds = (3456/rows['samples/s']).sum() # 27 batches of 128
-    assert seconds < 60, f'training took {seconds:.0f} s'
+    assert seconds < 120, f'training took {seconds:.0f} s'
     for word in ('raw input', 'random encoder', 'this encoder', 'supervised', 'logistic regression', 'test split'): assert word in printed
 
 
