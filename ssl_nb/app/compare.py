@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .checks import check_settings, pick_device, write_record
 from .folder import builtin_data, sound_settings
 from .runner import candidates, estimate, references, run_many, settings, variant
-from .score import agreement, few_label_score, measure, overlap, view_agreement
+from .score import agreement, measure
 from ..core.common import whole_file
 
 # %% ../../nbs/app/03_compare.ipynb #c2f43615

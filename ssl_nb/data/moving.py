@@ -9,7 +9,7 @@ __all__ = ['DIRECTIONS', 'bounce', 'Clips', 'draw_clips']
 from dataclasses import dataclass
 import numpy as np, torch
 from .embedded import mnist_arrays
-from .ink import (DIGITS, PARTS, _check, _Facts, _rgb, _sides, backgrounds, cut_digit,
+from .ink import (PARTS, _check, _Facts, _rgb, _sides, backgrounds, cut_digit,
                              draw_colours, paint)
 
 # %% ../../nbs/data/03_moving.ipynb #51f7f0f5

@@ -15,9 +15,9 @@ from matplotlib.patches import Rectangle
 from ..core.common import did_you_mean
 from ..core.loader import DataInfo, channel_stats, make_dls
 from .embedded import mnist_arrays
-from .ink import (COLOURS, DIGITS, INK, PARTS, _check, _Facts, _rgb, _sides, backgrounds,
-                             blend, cut_digit, draw_colours, paint, photo_parts, tight_box)
-from .moving import DIRECTIONS, Clips, bounce, draw_clips
+from .ink import (COLOURS, DIGITS, PARTS, _check, _Facts, _rgb, _sides, backgrounds,
+                             cut_digit, draw_colours, paint, tight_box)
+from .moving import DIRECTIONS, bounce, draw_clips
 
 # %% ../../nbs/data/03_scenes.ipynb #712d6e57
 PLACES = ['top left','top right','bottom left','bottom right']

@@ -17,8 +17,7 @@ from tokenizers import Tokenizer
 from ..core.encoders import text_encoder
 from ..core.loader import DataInfo, Kind, ResidentDL, make_dls
 from ..core.views import TokenViews
-from .documents import (LONGEST, _by_split, _lost, _read, drop_copies, read_texts,
-                                   stdlib_docs)
+from .documents import _by_split, _lost, _read, read_texts, stdlib_docs
 from .files import share_of
 from .parts import divide, warn_left
 from .pieces import (BYTES, CLS, MASK, PAD, SEP, SPECIALS, UNK, decode, encode,

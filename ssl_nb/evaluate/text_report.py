@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 from ..core.measures import encode
-from ..data.text import MASK, PAD, decode
+from ..data.text import MASK, decode
 from .few_labels import asked_part, fit_probe, label_draws, labels_of
 
 # %% ../../nbs/evaluate/06_text_report.ipynb #afc0cf45

@@ -8,7 +8,6 @@ __all__ = ['BERT', 'sentence_pairs', 'pair_loss']
 # %% ../../nbs/masked/11_bert.ipynb #d8abf89d
 import math
 import torch
-import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from ..core.masks import gather_tokens

@@ -7,7 +7,6 @@ __all__ = ['lewm_loss', 'LeWM']
 
 # %% ../../nbs/masked/10_lewm.ipynb #330ec9ef
 import torch
-from torch import nn
 from fastcore.basics import patch
 from ..core.heads import check_inputs, in_full_precision, mlp
 from ..core.measures import sigreg
