@@ -5,9 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import timm
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score
+from safetensors.torch import save_file
 from conftest import quiet
 from ssl_nb.app.checks import read_record
 from ssl_nb.app.cli import main
@@ -156,6 +158,26 @@ def test_a_refusal_leaves_no_folder(images, tmp_path, capsys):
     d,run,_ = images
     assert main(['finetune', str(run), str(d), '--labels', '500', '--out', str(tmp_path/'a'/'c'), *SHORT])==2
     assert 'per_class must be at least 1' in capsys.readouterr().err and not (tmp_path/'a').exists()
+
+
+def test_the_weights_of_a_timm_encoder_are_taken(images, tmp_path, monkeypatch, capsys):
+    "As the hub's cache holds them; a frozen encoder ends as it began"
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setattr('ssl_nb.core.encoder_images.get_session', lambda *args, **kwargs: 1/0) # the network is not asked
+    torch.manual_seed(5)
+    weights = timm.create_model('test_resnet').state_dict()
+    cache = tmp_path/'hub'/'models--timm--test_resnet.r160_in1k'
+    for d in ('refs', 'snapshots/abc'): (cache/d).mkdir(parents=True)
+    (cache/'refs'/'main').write_text('abc')
+    save_file({k: v.contiguous() for k,v in weights.items()}, cache/'snapshots'/'abc'/'model.safetensors')
+    args = ['finetune', str(images[0]), '--encoder', 'test_resnet', '--pretrained', '--train', 'head', '--out', str(tmp_path/'o'), *SHORT]
+    assert quiet(main, args)[0] == 0, capsys.readouterr().err
+    cfg,model = load_finetuned(tmp_path/'o')
+    mine = model.encoder.model.state_dict()
+    assert cfg['pretrained'] is True and cfg['encoder'] == 'test_resnet'
+    assert all(torch.equal(v, weights[k]) for k,v in mine.items() if 'running' not in k and 'num_batches' not in k)
+    assert model.encoder.mean.flatten().tolist() == pytest.approx(timm.get_pretrained_cfg('test_resnet').mean)
 
 
 @pytest.mark.parametrize('more,said', [
