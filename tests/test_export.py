@@ -6,7 +6,9 @@ import shutil
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from ssl_nb.app.cli import main
 from ssl_nb.app.export import TO, difference
 from ssl_nb.app.run import load_run, pretrain
@@ -21,11 +23,15 @@ def run_of(folder, method, data, encoder):
 def runs(tmp_path_factory):
     "One run of a network that timm has, one of a network that it has not, one of text"
     d = tmp_path_factory.mktemp('runs')
+    data = load_digits()
+    for i in range(200):
+        (d/'digits'/str(data.target[i])).mkdir(parents=True, exist_ok=True)
+        Image.fromarray((data.images[i]*15).astype('uint8')).save(d/'digits'/str(data.target[i])/f'{i}.png')
     text = d/'texts'
     for c,words in dict(sea='wave ship salt', wood='oak leaf moss').items():
         (text/c).mkdir(parents=True)
         for i in range(24): (text/c/f'{i}.txt').write_text(' '.join(words.split()[(i+k)%3] for k in range(12)))
-    return dict(small_vit=run_of(d, 'mae', 'digits:3,8', 'small_vit'), small_resnet=run_of(d, 'rotation', 'digits:3,8', 'small_resnet'),
+    return dict(small_vit=run_of(d, 'mae', d/'digits', 'small_vit'), small_resnet=run_of(d, 'rotation', d/'digits', 'small_resnet'),
                 small_text=run_of(d, 'bert', text, 'small_text'))
 
 
