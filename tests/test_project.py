@@ -1,5 +1,6 @@
 "The habits: modules follow the notebooks, notebooks are clean, layers import only downwards, lines fit, settings.ini is the one source."
 import ast
+import functools
 import importlib
 import json
 import os
@@ -64,7 +65,7 @@ def test_notebook_is_clean(copy, path):
 @each_notebook
 def test_notebook_is_small(path):
     kb = path.stat().st_size/1024
-    assert kb <= 300, f'{path.name} has {kb:.0f} KB; the limit is 300: fewer or smaller figures (72 dpi)'
+    assert kb <= 300, f'{path.name} has {kb:.0f} KB; the limit is 300: shrink_figures of ssl_nb.app.docs, fewer figures, or smaller ones (72 dpi)'
 
 
 @each_notebook
@@ -125,15 +126,24 @@ def module_of(path):
 def level(mod): return next(i for i,folders in enumerate(order) if mod.split('.')[0] in folders)
 
 
+def nodes(*cells):
+    "Names, imports and assignments in cells, whose lines that are no Python are left out"
+    kinds = ast.Name, ast.Import, ast.ImportFrom, ast.Assign
+    code = ('\n'.join(l for l in c.splitlines() if not l.lstrip().startswith(('%', '!'))) for c in cells)
+    return [n for c in code for n in ast.walk(ast.parse(c)) if isinstance(n, kinds)]
+
+
+@functools.cache
+def page_nodes(path): return nodes(*map(source, code_cells(path)))
+
+
 def imports(path):
     "The modules of this package that a cell of the notebook imports from, exported or not"
-    for c in code_cells(path):
-        src = '\n'.join(l for l in source(c).splitlines() if not l.lstrip().startswith(('%', '!')))
-        for n in ast.walk(ast.parse(src)):
-            names = []
-            if isinstance(n, ast.Import): names = [a.name for a in n.names]
-            if isinstance(n, ast.ImportFrom) and n.module: names = [n.module, *(f'{n.module}.{a.name}' for a in n.names)]
-            yield from (name.removeprefix('ssl_nb.') for name in names if name.startswith('ssl_nb.'))
+    for n in page_nodes(path):
+        names = []
+        if isinstance(n, ast.Import): names = [a.name for a in n.names]
+        if isinstance(n, ast.ImportFrom) and n.module: names = [n.module, *(f'{n.module}.{a.name}' for a in n.names)]
+        yield from (name.removeprefix('ssl_nb.') for name in names if name.startswith('ssl_nb.'))
 
 
 def allowed(mod, path, other, other_path):
@@ -162,6 +172,33 @@ def test_layers_see_a_wrong_import(tmp_path):
         assert not allowed(mod, mods[mod], other, mods[other])
     for mod,other in (('data.images', 'core.loader'), ('contrastive.byol', 'contrastive.infonce'), ('app.run', 'masked.mae')):
         assert allowed(mod, mods[mod], other, mods[other])
+
+
+def unused_imports(nodes):
+    "Names that cells import, and that none of them uses or lists in `_all_`"
+    imported = {a.asname or a.name.split('.')[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    listed = {c.value for n in nodes if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', None)=='_all_'
+              for c in ast.walk(n.value) if isinstance(c, ast.Constant)}
+    return imported - used - listed - {'fit_one_cycle'} # importing it gives fastai's Learner its method
+
+
+def test_what_is_imported_is_used():
+    "By a cell of the page (those that are not run count), or by another page or a test, which takes it from there"
+    tests = [p.read_text(encoding='utf-8') for p in (ROOT/'tests').glob('*.py')]
+    taken = {(n.module.removeprefix('ssl_nb.'), a.name) for ns in (*map(page_nodes, notebooks), nodes(*tests)) for n in ns
+             if isinstance(n, ast.ImportFrom) and n.module for a in n.names}
+    def elsewhere(mod, name): return (mod, name) in taken or any(re.search(rf'\b{mod.split(".")[-1]}\.{name}\b', t) for t in tests)
+    wrong = [f'{p.relative_to(ROOT)} imports {name} without use' for p in notebooks
+             for name in sorted(unused_imports(page_nodes(p))) if not elsewhere(module_of(p), name)]
+    assert not wrong, '\n' + '\n'.join(wrong)
+
+
+def test_unused_imports_are_seen():
+    "The test above can fail: a plain import, one with another name, one of several, one that is only an attribute or set"
+    cells = ("import copy, json, time\nimport numpy as np\nfrom fastcore.test import test_eq, test_close, test_fail",
+             "%matplotlib inline\ntime = 3\nx.copy(np=1)\ndef f(): return f'{json.dumps(x)}', test_eq", "_all_ = ['test_close']")
+    assert unused_imports(nodes(*cells))=={'copy', 'np', 'time', 'test_fail'}
 
 
 @each_notebook

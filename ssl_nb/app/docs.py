@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['repo_root', 'project_info', 'tex_to_mathml', 'mathml_page', 'drop_empty_sections', 'counted', 'describe_index',
-           'build_docs', 'options_table', 'readme_text', 'make_readme']
+           'build_docs', 'options_table', 'with_palette', 'shrink_figures', 'readme_text', 'make_readme']
 
 # %% ../../nbs/app/04_docs.ipynb #1934f4fb
-import html, json, os, re, shutil, subprocess, sys
+import base64, html, io, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from functools import lru_cache, wraps
 from pathlib import Path
+from PIL import Image
 from .gallery import gallery_markdown, method_pages
 
 # %% ../../nbs/app/04_docs.ipynb #834a4a8b
@@ -211,6 +212,36 @@ def options_table(
         rows = [f'| {_option(a)} | {(a.help or "").replace("|", chr(92)+"|")} |' for a in args]
         parts += text + (['\n'.join(['| | |', '|---|---|', *rows])] if rows else [])
     return '\n\n'.join(parts)
+
+# %% ../../nbs/app/04_docs.ipynb #5b1e0a72
+def with_palette(
+    png:bytes, # A PNG
+    colours:int=128
+)->bytes: # The PNG with a palette, or as it was where that saves less than a fifth
+    "A figure in fewer colours"
+    with Image.open(io.BytesIO(png)) as im:
+        if im.mode=='P': return png
+        new,out = im.convert('RGB').quantize(colours, dither=Image.Dither.NONE),io.BytesIO()
+    new.save(out, 'PNG', optimize=True)
+    return out.getvalue() if out.tell()<0.8*len(png) else png
+
+# %% ../../nbs/app/04_docs.ipynb #5b1e0a73
+def shrink_figures(
+    *notebooks, # Paths; they are written again where something became smaller
+    least:int=30_000 # Figures of fewer bytes stay as they are
+)->int: # How many figures became smaller
+    "Give a palette to the large figures that are stored in notebooks"
+    import nbformat
+    found = 0
+    for path in notebooks:
+        nb,before = nbformat.read(path, 4),found
+        outputs = [o['data'] for c in nb.cells for o in c.get('outputs', []) if 'data' in o]
+        for data in outputs:
+            png = base64.b64decode(data.get('image/png', ''))
+            if len(png)<least or (small := with_palette(png)) is png: continue
+            data['image/png'],found = base64.b64encode(small).decode(),found+1
+        if found>before: nbformat.write(nb, path)
+    return found
 
 # %% ../../nbs/app/04_docs.ipynb #1cf8f85d
 def _from_root(md, root): # Links of nbs/index.ipynb, one folder up
