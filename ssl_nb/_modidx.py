@@ -1401,6 +1401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ssl_nb.data.documents._read': ('data/documents.html#_read', 'ssl_nb/data/documents.py'),
                                        'ssl_nb.data.documents._rows': ('data/documents.html#_rows', 'ssl_nb/data/documents.py'),
                                        'ssl_nb.data.documents._sources': ('data/documents.html#_sources', 'ssl_nb/data/documents.py'),
+                                       'ssl_nb.data.documents._statements': ('data/documents.html#_statements', 'ssl_nb/data/documents.py'),
                                        'ssl_nb.data.documents._table': ('data/documents.html#_table', 'ssl_nb/data/documents.py'),
                                        'ssl_nb.data.documents._whole': ('data/documents.html#_whole', 'ssl_nb/data/documents.py'),
                                        'ssl_nb.data.documents.drop_copies': ('data/documents.html#drop_copies', 'ssl_nb/data/documents.py'),

@@ -7,6 +7,7 @@ __all__ = ['LONGEST', 'read_texts', 'drop_copies', 'stdlib_docs']
 
 # %% ../../nbs/data/05_documents.ipynb #45eea025
 import ast, os, sys, sysconfig, warnings
+from collections import deque
 from pathlib import Path
 import pandas as pd
 from ..core.loader import known_labels
@@ -148,13 +149,22 @@ _not_prose = {'antigravity','this','idlelib','turtledemo','test','lib2to3','pydo
               'distutils'}
 _documented = ast.Module,ast.ClassDef,ast.FunctionDef,ast.AsyncFunctionDef
 
+def _statements(tree):
+    "The statements of a tree in the order of `ast.walk`, which visits the expressions as well"
+    todo = deque([tree])
+    while todo:
+        yield (node := todo.popleft())
+        for part in ('body','handlers','orelse','finalbody','cases'):
+            todo.extend(getattr(node, part, ()))
+
+# %% ../../nbs/data/05_documents.ipynb #cb1edc77
 def _docstrings(file):
     "All docstrings of a source file; none if it cannot be parsed"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError, OSError): return []
-    nodes = (n for n in ast.walk(tree) if isinstance(n, _documented))
+    nodes = (n for n in _statements(tree) if isinstance(n, _documented))
     return [d for n in nodes if (d := ast.get_docstring(n))]
 
 def _sources(name, root):

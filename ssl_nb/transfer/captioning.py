@@ -16,7 +16,7 @@ from torch import nn
 from ..core.common import did_you_mean
 from ..core.heads import in_full_precision
 from ..data.scenes import COLOURS, DIGITS, PLACES
-from ..data.text import CLS, PAD, SEP, decode, encode
+from ..data.text import PAD, SEP, decode, encode
 from .finetune import two_rates
 
 # %% ../../nbs/transfer/08_captioning.ipynb #6d4d92fd
