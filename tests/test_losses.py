@@ -105,6 +105,7 @@ EXAMPLES = {
     'masked.hubert': dict(hubert_loss=[p(4,9,12), ints(12, 4, 9), p(4,9)<0.5, p(4,9)<0.5, 0.7, 0.1], nearest=[r(4,9,3), r(7,3)]),
     'masked.masked_frames': dict(masked_l1=[r(4,9,12), r(4,9,12), p(4,9,12)<0.5]),
     'transfer.captioning': dict(captioning_loss=[r(4,5,7), ints(6, 4, 5)+1]),
+    'transfer.proteins': dict(letter_loss=[r(4,9,3), ints(3, 4, 9)]),
     'transfer.tables': dict(vime_loss=[r(4,9), r(4,9), r(4,9), p(4,9)<0.5]),
     'transfer.speech_to_text': dict(ctc_loss=[r(4,9,6), torch.tensor([9,9,8,7]), torch.tensor([[1,2,2],[5,0,0],[3,1,0],[4,4,4]])]),
 }
