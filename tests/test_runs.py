@@ -1,5 +1,5 @@
 "What the command line promises: the default run, its folder, SIGKILL and resume, and clear words for bad input."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, timm, torch
@@ -26,9 +26,11 @@ command = [sys.executable, '-c', 'import sys; from ssl_nb.app.cli import main; s
 def default_run(tmp_path_factory):
     "The README's first command"
     cwd = tmp_path_factory.mktemp('default')
+    def spent(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before = spent()
     out = subprocess.run([*command, 'pretrain', 'simclr'], cwd=cwd, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-3000:]
-    return cwd/'runs'/'simclr-mnist', out.stdout
+    return cwd/'runs'/'simclr-mnist', out.stdout, spent()-before
 
 
 def test_default_run_beats_pixels(default_run):
@@ -40,18 +42,17 @@ def test_default_run_beats_pixels(default_run):
 
 
 def test_default_run_is_short_and_reports(default_run):
-    "Training takes 35 s on two idle cores; twice a minute leaves room for the tests that run beside it"
-    run, printed = default_run
+    "Two minutes of one core, report included; in seconds of the processor, so that what runs beside it hardly counts"
+    run, printed, seconds = default_run
     rows = pd.read_csv(run/'history.csv')
     assert len(rows) == get_method('simclr').recipe['epochs']
     assert (rows['samples/s'] > 0).all()
-    seconds = (3456/rows['samples/s']).sum() # 27 batches of 128
-    assert seconds < 120, f'training took {seconds:.0f} s'
+    assert seconds < 300, f'training and report took {seconds:.0f} s of the processor'
     for word in ('raw input', 'random encoder', 'this encoder', 'supervised', 'logistic regression', 'test split'): assert word in printed
 
 
 def test_run_folder(default_run):
-    run, _ = default_run
+    run = default_run[0]
     names = {p.name for p in run.iterdir()}
     assert names == {'config.json', 'history.csv', 'checkpoint.pt', 'encoder', 'report.json', 'pretext.png', 'training.png', 'embedding.png'}
     state = torch.load(run/'checkpoint.pt', weights_only=True)
@@ -61,7 +62,7 @@ def test_run_folder(default_run):
 
 
 def test_report_again_gives_the_same_numbers(default_run):
-    run, _ = default_run
+    run = default_run[0]
     first = json.loads((run/'report.json').read_text())
     assert main(['report', str(run), '--device', 'cpu']) == 0
     again = json.loads((run/'report.json').read_text())
