@@ -24,6 +24,28 @@ def quiet(f, *args, **kwargs):
     return res, [str(w.message) for w in record if w.category is UserWarning]
 
 
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    "No network, and an empty folder of fetched weights"
+    def unreachable(*args, **kwargs): raise ConnectionError('Name or service not known')
+    def sleep(seconds): raise AssertionError('it tries again and again')
+    from huggingface_hub import constants
+    monkeypatch.setattr('ssl_nb.core.encoder_images.get_session', unreachable)
+    monkeypatch.setattr('time.sleep', sleep)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
+    yield tmp_path/'hub'
+    assert not constants.HF_HUB_OFFLINE, 'the hub stays switched off'
+
+
+def put_in_hub(hub, name, weights):
+    "Weights in the hub's cache, as timm would have fetched them"
+    from safetensors.torch import save_file
+    cache = hub/f'models--timm--{name}'
+    for d in ('refs', 'snapshots/abc'): (cache/d).mkdir(parents=True)
+    (cache/'refs'/'main').write_text('abc')
+    save_file({k: v.contiguous() for k,v in weights.items()}, cache/'snapshots'/'abc'/'model.safetensors')
+
+
 @pytest.hookimpl(optionalhook=True) # of pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
     "Notebooks go to whichever process is free; the tests of another file stay together, for they share what they trained"

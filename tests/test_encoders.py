@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from conftest import put_in_hub
 from safetensors.torch import save_file
 from torch import nn
 
@@ -518,19 +519,6 @@ def test_pretrained_weights_that_do_not_exist_or_fit(tmp_path):
     assert '\n' not in str(e.value) and e.value.__suppress_context__
 
 
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    "No network, and an empty folder of fetched weights"
-    def unreachable(*args, **kwargs): raise ConnectionError('Name or service not known')
-    def sleep(seconds): raise AssertionError('it tries again and again')
-    from huggingface_hub import constants
-    monkeypatch.setattr('ssl_nb.core.encoder_images.get_session', unreachable)
-    monkeypatch.setattr('time.sleep', sleep)
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
-    yield tmp_path/'hub'
-    assert not constants.HF_HUB_OFFLINE, 'the hub stays switched off'
-
-
 @pytest.mark.parametrize('name', ['test_resnet', 'test_resnet.r160_in1k', 'test_vit'])
 def test_without_network_the_error_says_what_to_do(offline, name):
     with pytest.raises(FileNotFoundError, match=f"weights of {name!r} are not on this machine.*network.*copy .*hub.*leave out pretrained") as e:
@@ -539,11 +527,8 @@ def test_without_network_the_error_says_what_to_do(offline, name):
 
 
 def test_without_network_fetched_weights_serve(offline):
-    overlay,weights = source('test_resnet', offline.parent)
-    cache = offline/'models--timm--test_resnet.r160_in1k'
-    for d in ('refs', 'snapshots/abc'): (cache/d).mkdir(parents=True)
-    (cache/'refs'/'main').write_text('abc')
-    (cache/'snapshots'/'abc'/'model.safetensors').write_bytes(open(overlay['file'], 'rb').read())
+    _,weights = source('test_resnet', offline.parent)
+    put_in_hub(offline, 'test_resnet.r160_in1k', weights)
     enc = create_encoder('test_resnet', of_size(32, mean=[.1]*3, std=[.9]*3), pretrained=True)
     assert all(torch.equal(v, weights[k]) for k,v in enc.model.state_dict().items())
     assert enc.mean.flatten().tolist()==pytest.approx(timm.get_pretrained_cfg('test_resnet').mean)

@@ -9,8 +9,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score
-from safetensors.torch import save_file
-from conftest import quiet
+from conftest import put_in_hub, quiet
 from ssl_nb.app.checks import read_record
 from ssl_nb.app.cli import main
 from ssl_nb.data.parts import three_parts
@@ -160,17 +159,11 @@ def test_a_refusal_leaves_no_folder(images, tmp_path, capsys):
     assert 'per_class must be at least 1' in capsys.readouterr().err and not (tmp_path/'a').exists()
 
 
-def test_the_weights_of_a_timm_encoder_are_taken(images, tmp_path, monkeypatch, capsys):
+def test_the_weights_of_a_timm_encoder_are_taken(images, tmp_path, offline, capsys):
     "As the hub's cache holds them; a frozen encoder ends as it began"
-    from huggingface_hub import constants
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
-    monkeypatch.setattr('ssl_nb.core.encoder_images.get_session', lambda *args, **kwargs: 1/0) # the network is not asked
     torch.manual_seed(5)
     weights = timm.create_model('test_resnet').state_dict()
-    cache = tmp_path/'hub'/'models--timm--test_resnet.r160_in1k'
-    for d in ('refs', 'snapshots/abc'): (cache/d).mkdir(parents=True)
-    (cache/'refs'/'main').write_text('abc')
-    save_file({k: v.contiguous() for k,v in weights.items()}, cache/'snapshots'/'abc'/'model.safetensors')
+    put_in_hub(offline, 'test_resnet.r160_in1k', weights)
     args = ['finetune', str(images[0]), '--encoder', 'test_resnet', '--pretrained', '--train', 'head', '--out', str(tmp_path/'o'), *SHORT]
     assert quiet(main, args)[0] == 0, capsys.readouterr().err
     cfg,model = load_finetuned(tmp_path/'o')
