@@ -65,17 +65,19 @@ class BiGAN(Method):
         encoder, # Turns images into features; a linear layer on it makes the code
         generator, # Codes (B,latent) -> images (B,C,H,W) before a sigmoid; see `core.heads.Decoder`
         discriminator, # Scores of pairs (x, z), each by itself; see `PairDiscriminator`
-        latent:int=16, # Length of the code
+        latent:int=32, # Length of the code
         noise:float=0.1, # Deviation of the noise on the images the discriminator sees; 0: none
+        norm:bool=True, # Give the codes of a batch mean 0 and deviation 1, as drawn ones have?
         saturating:bool=False # The game as it stands, by reversed gradient, without swapped labels?
     ):
         super().__init__(encoder)
-        self.code = nn.Linear(encoder.num_features, latent)
+        code,norms = nn.Linear(encoder.num_features, latent),nn.BatchNorm1d(latent, affine=False)
+        self.code = nn.Sequential(code, norms) if norm else code
         self.generator,self.discriminator = generator,discriminator
         self.latent,self.noise,self.saturating = latent,noise,saturating
 
     @classmethod
-    def for_data(cls, encoder, dls, latent:int=16, **kwargs):
+    def for_data(cls, encoder, dls, latent:int=32, **kwargs):
         check_modality(cls, dls.info)
         size = dls.info.channels,dls.info.size
         generator,discriminator = Decoder(latent, *size),PairDiscriminator(latent, *size)
