@@ -79,7 +79,7 @@ def test_two_copies_of_one_run_are_equal(name):
 
 
 def test_comparison_goes_on_where_it_stopped(tmp_path):
-    def compare(*methods): main(['--methods', ','.join(methods), '--epochs', '1', '--samples', '256', '--seeds', '1', '--device', 'cpu', '--workers', '1',
+    def compare(*methods): main(['--data', 'digits', '--methods', ','.join(methods), '--epochs', '1', '--samples', '256', '--seeds', '1', '--device', 'cpu', '--workers', '1',
                                  '--folder', str(tmp_path)])
     compare('simclr')
     cfg = settings('digits', ['simclr'], 'small_cnn', 1, 128, samples=256, device='cpu')

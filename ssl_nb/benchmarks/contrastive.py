@@ -37,10 +37,10 @@ def parser():
     p = argparse.ArgumentParser('python -m ssl_nb.benchmarks.contrastive',
         description='Compare the contrastive methods; writes results and figure, prints the table.')
     def add(name, help=None, **kwargs): p.add_argument(name, help=help, **kwargs)
-    add('--data', 'digits, some of them (digits:3,8), or a folder of images', default='digits')
+    add('--data', 'mnist, digits (some: digits:3,8), or a folder of images', default='mnist')
     add('--methods', 'names with commas between (default: all)')
     add('--encoder', 'resnet18 for the CIFAR-10 table', default='small_cnn')
-    add('--epochs', type=int, default=20)
+    add('--epochs', type=int, default=5)
     add('--batch-size', type=int, default=128)
     add('--lr', "at the recipe's batch size (default: the recipe's)", type=float)
     add('--seeds', 'trainings of each method (default: 3)', type=int, default=3)
