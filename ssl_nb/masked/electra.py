@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core.heads import check_inputs, in_full_precision
 from ..core.masks import gather_tokens
 from ..core.method import Method, check_modality
-from ..data.text import MASK, PAD
+from ..data.text import PAD
 from .words import (WordHead, check_share, chosen, in_words, mask_tokens, mlm_loss,
                                  token_counts, token_embedding)
 
