@@ -7,7 +7,7 @@ __all__ = ['LIMIT', 'place', 'map_html', 'map_files']
 
 # %% ../../nbs/app/06_map.ipynb #a653b17a
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from .alike import (Looks, _rows, near_duplicates, nearest, outliers, smaller,

@@ -14,7 +14,6 @@ from ..app.compare import measure
 from ..app.runner import load, machine, part_scores, references, run_one, settings
 from ..core.common import write_json
 from ..core.method import get_method
-from ..evaluate.results import read_results
 
 # %% ../../nbs/benchmarks/03_brief.ipynb #5600df0f
 METHODS = 'simclr','byol','rotation','inpainting','vae','mae' # of every family

@@ -17,7 +17,6 @@ from ..core.encoders import create_encoder
 from ..core.learner import seed_everything
 from ..core.method import get_method
 from ..data.running import running_dls
-from ..evaluate.results import read_results
 
 # %% ../../nbs/benchmarks/05_shakespeare.ipynb #f1970319
 SETTINGS = dict(

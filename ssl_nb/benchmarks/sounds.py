@@ -7,7 +7,6 @@ __all__ = ['stored']
 
 # %% ../../nbs/benchmarks/08_sounds.ipynb #6b2c18b1
 from pathlib import Path
-from ..app.compare import text_ranking
 from ..evaluate.results import read_results
 
 # %% ../../nbs/benchmarks/08_sounds.ipynb #67ff48e6

@@ -6,7 +6,6 @@
 __all__ = ['cross_correlation', 'barlow_loss', 'BarlowTwins']
 
 # %% ../../nbs/contrastive/11_barlow.ipynb #8f8b619f
-import torch
 import torch.nn.functional as F
 from ..core.heads import check_inputs, in_full_precision, mlp
 from .joint_embedding import JointEmbedding

@@ -9,10 +9,9 @@ __all__ = ['lejepa_loss', 'LeJEPA']
 from functools import partial
 import torch
 from torch import nn
-import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.heads import in_full_precision, mlp
-from ..core.measures import epps_pulley, sigreg
+from ..core.measures import sigreg
 from .joint_embedding import JointEmbedding
 
 # %% ../../nbs/contrastive/14_lejepa.ipynb #e16df22c

@@ -6,7 +6,6 @@
 __all__ = ['simcse_loss', 'set_dropout', 'SimCSE']
 
 # %% ../../nbs/contrastive/20_simcse.ipynb #c86361cb
-import torch
 from fastcore.basics import patch
 from torch import nn
 from .infonce import info_nce

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'TEXT', 'caption', 'paint_digits', 'draw_facts', 'pairs_dl
            'Pairs']
 
 # %% ../../nbs/data/07_pairs.ipynb #32374640
-import os, warnings
+import os
 from functools import partial
 from pathlib import Path
 import numpy as np, torch

@@ -16,7 +16,7 @@ from ..core.common import did_you_mean
 from ..core.loader import DataInfo, channel_stats, make_dls
 from .embedded import mnist_arrays
 from .ink import (COLOURS, DIGITS, PARTS, _check, _Facts, _rgb, _sides, backgrounds,
-                             cut_digit, draw_colours, paint, tight_box)
+                             cut_digit, draw_colours, paint)
 from .moving import DIRECTIONS, bounce, draw_clips
 
 # %% ../../nbs/data/03_scenes.ipynb #712d6e57

@@ -20,9 +20,8 @@ from ..core.views import TokenViews
 from .documents import _by_split, _lost, _read, read_texts, stdlib_docs
 from .files import share_of
 from .parts import divide, warn_left
-from .pieces import (BYTES, CLS, MASK, PAD, SEP, SPECIALS, UNK, decode, encode,
-                                get_tokenizer, keep_tokenizer, kept_tokenizer, token_ids,
-                                train_tokenizer)
+from .pieces import (CLS, MASK, PAD, SEP, SPECIALS, UNK, decode, encode, get_tokenizer,
+                                keep_tokenizer, kept_tokenizer, token_ids, train_tokenizer)
 from .tables import TABLES, read_table, table_kind
 
 # %% ../../nbs/data/05_text.ipynb #dfd30a2c

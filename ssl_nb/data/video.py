@@ -7,7 +7,7 @@ __all__ = ['place_sprites', 'bouncing_digits_dls', 'by_number', 'clip_listing', 
            'Video']
 
 # %% ../../nbs/data/06_video.ipynb #a6ed4cb0
-import os, re, warnings
+import os, re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path

@@ -6,7 +6,6 @@
 __all__ = ['STEP', 'SIDE', 'push', 'draw_episodes', 'episodes_dls', 'pushed_dls', 'FrameEncoder', 'World']
 
 # %% ../../nbs/data/09_world.ipynb #069e5dd0
-from pathlib import Path
 import numpy as np, torch
 from fastai.data.core import DataLoaders
 from torch import nn

@@ -6,7 +6,6 @@
 __all__ = ['data2vec_targets', 'data2vec_loss', 'linear_ramp', 'block_outputs', 'Data2Vec']
 
 # %% ../../nbs/masked/05_data2vec.ipynb #f7150d47
-import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from timm.models.vision_transformer import Block

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
-from ..core.masks import block_mask, gather_tokens, ids_to_mask, scatter_tokens
+from ..core.masks import block_mask, ids_to_mask, scatter_tokens
 from ..core.method import Method
 from ..core.views import image_views
 

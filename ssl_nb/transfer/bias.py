@@ -7,7 +7,7 @@ __all__ = ['group_accuracy', 'usual_attribute', 'usual_or_other', 'draw_evenly',
 
 # %% ../../nbs/transfer/18_bias.ipynb #4b3e06a0
 import numpy as np, pandas as pd, torch
-from ..evaluate.few_labels import draw_labels, fit_probe
+from ..evaluate.few_labels import draw_labels
 
 # %% ../../nbs/transfer/18_bias.ipynb #f81a2b7f
 def group_accuracy(

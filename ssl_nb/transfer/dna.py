@@ -8,7 +8,6 @@ __all__ = ['LETTERS', 'BACKGROUND', 'SPECIAL', 'grammar_sequences', 'kmer_ids', 
 # %% ../../nbs/transfer/12_dna.ipynb #e19a6bdc
 import numpy as np, torch
 from ..core.loader import DataInfo, make_dls
-from ..data.text import MASK
 
 # %% ../../nbs/transfer/12_dna.ipynb #893eb9ac
 LETTERS = 'ACGT'

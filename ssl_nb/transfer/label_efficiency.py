@@ -6,7 +6,7 @@
 __all__ = ['HOW', 'labels_needed', 'label_curve', 'curve_table', 'plot_label_curve']
 
 # %% ../../nbs/transfer/02_label_efficiency.ipynb #f4af0437
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from ..core.common import did_you_mean
 from ..core.encoders import fresh_encoder

@@ -6,7 +6,7 @@
 __all__ = ['forgetting', 'forward_transfer', 'with_replay']
 
 # %% ../../nbs/transfer/19_new_data.ipynb #95dffec5
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from ..core.loader import make_dls
 
 # %% ../../nbs/transfer/19_new_data.ipynb #a764d1e1

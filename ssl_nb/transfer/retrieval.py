@@ -9,7 +9,6 @@ __all__ = ['ranking_scores', 'search', 'same_class_scores', 'pair_similarities',
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
-from ..evaluate.few_labels import test_error
 
 # %% ../../nbs/transfer/09_retrieval.ipynb #32adccc6
 def ranking_scores(

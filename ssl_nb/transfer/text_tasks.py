@@ -6,13 +6,13 @@
 __all__ = ['tfidf_features', 'text_rows', 'mean_and_spread']
 
 # %% ../../nbs/transfer/05_text_tasks.ipynb #a142e9b8
-import numpy as np, pandas as pd, torch
+import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from ..core.loader import finish_dls
 from ..core.measures import encode
 from ..data.text import decode
 from ..evaluate.few_labels import labelled, labels_of
-from ..evaluate.text_report import label_scores, spearman, standardised
+from ..evaluate.text_report import label_scores, standardised
 from .finetune import accuracy, few_labelled, finetune
 
 # %% ../../nbs/transfer/05_text_tasks.ipynb #8bfb556c
