@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from ..core.heads import check_inputs, in_full_precision
-from .frames import FrameMethod, perplexity
+from .frames import FrameMethod, perplexity, span_mask
 
 # %% ../../nbs/masked/21_wav2vec2.ipynb #7cde0368
 @in_full_precision
