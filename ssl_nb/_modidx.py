@@ -1970,6 +1970,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ssl_nb.evaluate.plot._parts_of': ('evaluate/plot.html#_parts_of', 'ssl_nb/evaluate/plot.py'),
                                       'ssl_nb.evaluate.plot._to_look_at': ('evaluate/plot.html#_to_look_at', 'ssl_nb/evaluate/plot.py'),
                                       'ssl_nb.evaluate.plot.code_lines': ('evaluate/plot.html#code_lines', 'ssl_nb/evaluate/plot.py'),
+                                      'ssl_nb.evaluate.plot.draw_flow': ('evaluate/plot.html#draw_flow', 'ssl_nb/evaluate/plot.py'),
                                       'ssl_nb.evaluate.plot.plot_embedding': ( 'evaluate/plot.html#plot_embedding',
                                                                                'ssl_nb/evaluate/plot.py'),
                                       'ssl_nb.evaluate.plot.plot_training': ('evaluate/plot.html#plot_training', 'ssl_nb/evaluate/plot.py'),
