@@ -91,7 +91,10 @@ def draw_flow(
     texts = {name: ax.text(x, y, text, ha='center', va='center', fontsize=10,
                            bbox=dict(boxstyle='round,pad=0.35', fc=fill[kind], ec='0.4'))
              for name,(x,y,text,kind) in boxes.items()}
-    for a,line,b in re.findall(r'(\w+)([>~])(\w+)', arrows):
+    for arrow in arrows.split():
+        a,line,b = re.findall(r'^(\w+)([>~])(\w+)$|$', arrow)[0]
+        if not {a,b} <= {*boxes}:
+            raise ValueError(f'arrow {arrow!r} should be a>b or a~b, of {", ".join(boxes)}')
         ends = dict(zip(('patchA','patchB'), (texts[n].get_bbox_patch() for n in (a, b))))
         look = dict(arrowstyle='->', lw=1.3, ls='--' if line=='~' else '-', shrinkA=2, shrinkB=2)
         ax.annotate('', boxes[b][:2], boxes[a][:2], arrowprops=look | ends)
