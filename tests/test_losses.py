@@ -75,7 +75,7 @@ EXAMPLES = {
     'masked.simmim': dict(simmim_loss=[r(4,9,12), r(4,9,12), torch.tensor([[0,2,5]]*4)]),
     'masked.maskfeat': dict(maskfeat_loss=[r(4,9,12), r(4,9,12), torch.tensor([[0,2,5]]*4)]),
     'masked.beit': dict(beit_loss=[r(4,9,12), ints(12, 4, 9), torch.tensor([[0,2,5]]*4)]),
-    'masked.bert': dict(pair_loss=[r(4,6,20), r(4,2), ints(20, 4, 6), ints(2, 4)]),
+    'masked.segments': dict(pair_loss=[r(4,6,20), r(4,2), ints(20, 4, 6), ints(2, 4)]),
     'masked.electra': dict(
         rtd_loss=[r(4,6), ints(2, 4, 6)], electra_loss=[r(4,3,20), ints(20, 4, 3), r(4,6), ints(2, 4, 6), 50.]),
     'masked.diffusion_text': dict(diffusion_loss=[r(9,20), ints(20, 9), p(9)+0.1, torch.tensor(30)]),

@@ -8,10 +8,11 @@ import torch
 from ssl_nb.core.encoders import create_encoder
 from ssl_nb.core.loader import DataInfo
 from ssl_nb.data.text import CLS, MASK, PAD, SEP, UNK
-from ssl_nb.masked.bert import BERT, sentence_pairs
+from ssl_nb.masked.bert import BERT
 from ssl_nb.masked.bert_encoder import BertEncoder, load_bert, save_bert
 from ssl_nb.masked.diffusion_text import MaskedDiffusion, diffusion_loss, hide_share, spread_shares
 from ssl_nb.masked.electra import ELECTRA, electra_loss, rtd_loss, sample_tokens
+from ssl_nb.masked.segments import sentence_pairs
 from ssl_nb.masked.words import chosen, mask_tokens, mlm_loss
 
 V = 40
@@ -351,10 +352,10 @@ def test_second_segment_is_marked_and_the_encoder_left_as_it_was():
     x = texts(4, low=12)
     rows, second, _ = sentence_pairs(x, 'order')
     plain = m.encoder.forward_features(rows)
-    with torch.no_grad(): m.segment.zero_()
-    assert torch.equal(m.features(rows, second), plain)
-    with torch.no_grad(): m.segment.fill_(0.3).mul_(torch.randn(64))
-    assert not torch.allclose(m.features(rows, second), plain, atol=1e-3)
+    with torch.no_grad(): m.two.segment.zero_()
+    assert torch.equal(m.two.tokens(m.encoder, rows, second), plain)
+    with torch.no_grad(): m.two.segment.fill_(0.3).mul_(torch.randn(64))
+    assert not torch.allclose(m.two.tokens(m.encoder, rows, second), plain, atol=1e-3)
     assert torch.equal(m.encoder.forward_features(rows), plain) and not m.encoder.embedding._forward_hooks
 
 
