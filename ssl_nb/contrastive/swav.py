@@ -58,7 +58,7 @@ class SwAV(JointEmbedding):
     def __init__(self,
         encoder, # Turns images into features
         views, # Makes one random view of a batch; see `core.views`
-        prototypes:int=64, # How many groups; fewer than samples in a batch
+        prototypes:int=64, # How many groups
         temp:float=0.1, # Temperature of the predictions
         eps:float=0.02, # Softness of the codes; the paper has 0.05
         iters:int=3, # Rounds of Sinkhorn's algorithm; 0 takes out the equal partition

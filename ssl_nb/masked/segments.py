@@ -17,6 +17,9 @@ def sentence_pairs(
     kind:str # What a wrong pair is: 'next', B from another row; 'order', B before A
 ): # (rows `[CLS] A [SEP] B [SEP]` (B,L), is it B? (B,L), right (B,) long or -100 if too short)
     "Each row as two segments, in half of the cases a wrong pair"
+    if kind not in ('next','order'): raise ValueError(f"kind={kind!r}: take 'next' or 'order'")
+    if kind=='next' and len(x)<2: raise ValueError("'next' takes B from another row; give it two "
+                                                   'rows or more')
     L,p = x.shape[1],torch.arange(x.shape[1], device=x.device)
     half = (((x!=PAD).sum(1, keepdim=True)-3)//2).clamp(0, max(0, (L-3)//2))
     n = torch.minimum(half, half.roll(1, 0)) if kind=='next' else half
