@@ -5,7 +5,8 @@ import numpy as np, pandas as pd, pytest, torch
 from ssl_nb.core.loader import DataInfo
 from ssl_nb.core.encoders import create_encoder
 from ssl_nb.data.text import CLS, MASK, PAD, SEP, UNK, Text, decode, encode, read_texts, text_dls, train_tokenizer
-from ssl_nb.masked.bert import BERT, corrupt, mlm_loss
+from ssl_nb.masked.bert import BERT
+from ssl_nb.masked.words import corrupt, mlm_loss
 
 words = 'the quick brown fox jumps over the lazy dog while seven wizards quietly mix a large box of jade paint'.split()
 texts = [' '.join(np.random.default_rng(i).permutation(words)) for i in range(40)]
