@@ -1,4 +1,4 @@
-"How long the pages of the methods take to read: a page that a reader can finish in one sitting."
+"The pages of the methods: each is read in one sitting, has a drawing, and says when to use it."
 import ast
 import re
 
@@ -6,6 +6,8 @@ import nbformat
 import pytest
 
 from conftest import ROOT
+from ssl_nb.app.gallery import method_pages
+from ssl_nb.core.method import find_methods
 
 LIMIT = 15  # minutes
 PAGES = sorted(p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in (ROOT/'nbs').glob('*/[0-9]*.ipynb'))
@@ -106,3 +108,17 @@ def test_checks_are_skipped_exercises_are_not():
 def test_a_page_is_read_in_a_quarter_of_an_hour(page):
     took = reading_time(nbformat.read(ROOT/f'nbs/{page}.ipynb', 4))
     assert took <= LIMIT, f'{page} takes {took:.1f} minutes to read; leave out what is told twice, or proved a third time'
+
+
+MODULES = {c.__module__.removeprefix('ssl_nb.') for c in find_methods().values()}
+METHOD_PAGES = [p for pages in method_pages(ROOT/'nbs', MODULES).values() for p in pages]
+
+
+@pytest.mark.parametrize('path', METHOD_PAGES, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+def test_a_method_has_its_drawing_its_question_and_its_limits(path):
+    nb = nbformat.read(path, 4)
+    code = [c for c in nb.cells if c.cell_type=='code']
+    assert any(pictures(c) and directive(c, 'code-fold:\\s*true') for c in code), f'{path.name} draws its method nowhere (`draw_flow`)'
+    headings = re.findall(r'^##+ (.+)', '\n'.join(c.source for c in nb.cells if c.cell_type=='markdown'), re.M)
+    for part in ('The question', 'When to use it', 'Exercises'):
+        assert any(h.startswith(part) for h in headings), f'{path.name} has no section "{part} ..."'
