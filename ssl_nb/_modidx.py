@@ -1948,6 +1948,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'ssl_nb/evaluate/few_labels.py'),
                                             'ssl_nb.evaluate.few_labels.few_label_knn': ( 'evaluate/few_labels.html#few_label_knn',
                                                                                           'ssl_nb/evaluate/few_labels.py'),
+                                            'ssl_nb.evaluate.few_labels.few_label_scores': ( 'evaluate/few_labels.html#few_label_scores',
+                                                                                             'ssl_nb/evaluate/few_labels.py'),
                                             'ssl_nb.evaluate.few_labels.few_within': ( 'evaluate/few_labels.html#few_within',
                                                                                        'ssl_nb/evaluate/few_labels.py'),
                                             'ssl_nb.evaluate.few_labels.fit_probe': ( 'evaluate/few_labels.html#fit_probe',

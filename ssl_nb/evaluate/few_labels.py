@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['draw_labels', 'fit_probe', 'linear_probe', 'label_draws', 'predictions', 'by_column', 'few_label_accuracy',
-           'few_label_knn', 'test_error', 'paired_lead', 'labels_of', 'labelled', 'asked_part', 'few_in_all',
-           'check_labels', 'divided', 'few_within']
+           'few_label_scores', 'few_label_knn', 'test_error', 'paired_lead', 'labels_of', 'labelled', 'asked_part',
+           'few_in_all', 'check_labels', 'divided', 'few_within']
 
 # %% ../../nbs/evaluate/01_few_labels.ipynb #746478e5
 import warnings
@@ -85,6 +85,20 @@ def few_label_accuracy(
     return {c: (a.mean(),a.std()) for c,a in accs.items()}
 
 # %% ../../nbs/evaluate/01_few_labels.ipynb #7d147daf
+def few_label_scores(
+    encoder, # Any encoder
+    dls, # DataLoaders with labels
+    labels=(10,), # Labels per class of the train split; None is all
+    part:str='valid', # The split that is asked
+    label:str=None # Which label, where samples have several
+)->dict: # 'knn 10', 'probe 10', 'knn all', ... -> percent, mean over five draws
+    "k-NN and probe of an encoder, from a few labels per class of the train split"
+    parts = dls.train.new(shuffle=False, drop_last=False),getattr(dls, part)
+    (h,y),(th,ty) = [encode(encoder, dl) for dl in parts]
+    y,ty = [one_label(o, dls.info, label) for o in (y, ty)]
+    accs = few_label_accuracy(h, y, th, ty, labels=labels)
+    return {f'{m} {n or "all"}': float(mean) for (m,n),(mean,_) in accs.items()}
+
 def few_label_knn(
     encoder, # Any encoder
     dls, # DataLoaders with labels
@@ -92,10 +106,7 @@ def few_label_knn(
     label:str=None # Which label, where samples have several
 )->float: # Percent, mean over five draws
     "k-NN accuracy on the validation split, from a few labels per class of the train split"
-    parts = dls.train.new(shuffle=False, drop_last=False),dls.valid
-    (h,y),(vh,vy) = [encode(encoder, dl) for dl in parts]
-    y,vy = [one_label(o, dls.info, label) for o in (y, vy)]
-    return float(few_label_accuracy(h, y, vh, vy, labels=(n,))['knn',n][0])
+    return few_label_scores(encoder, dls, (n,), label=label)[f'knn {n}']
 
 # %% ../../nbs/evaluate/01_few_labels.ipynb #c73f4b1f
 def test_error(
